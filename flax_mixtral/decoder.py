@@ -1,0 +1,156 @@
+"""The decoder: one block, and the stack of them between embedding and final norm."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from flax_mixtral.attention import Attention, visible_keys
+from flax_mixtral.config import MixtralConfig
+from flax_mixtral.moe import MoE
+from flax_mixtral.norm import RMSNorm
+from flax_mixtral.rope import Rotary, rotary
+
+__all__ = ["BlockTrace", "Context", "Decoder", "DecoderBlock", "DecoderTrace", "Embedding", "context_of"]
+
+
+class Context(NamedTuple):
+    """What every block of one forward shares: rotations and visible keys."""
+
+    rotation: Rotary
+    visible_BTS: jax.Array
+
+
+class BlockTrace(NamedTuple):
+    """Every step of one block, under the comparison points' names; under jit, what nobody reads is not computed."""
+
+    input_norm: jax.Array
+    q: jax.Array
+    k: jax.Array
+    v: jax.Array
+    q_rot: jax.Array
+    k_rot: jax.Array
+    attn_context: jax.Array
+    attn_out: jax.Array
+    resid_mid: jax.Array
+    post_attn_norm: jax.Array
+    router_logits: jax.Array
+    router_probs: jax.Array
+    router_ids: jax.Array
+    router_weights: jax.Array
+    moe_out: jax.Array
+    resid_out: jax.Array
+
+
+class DecoderTrace(NamedTuple):
+    """The residual stream before each block, the final norm's output, and the router logits [M, E] of each layer."""
+
+    stream_BTD: tuple[jax.Array, ...]
+    final_norm_BTD: jax.Array
+    router_logits: tuple[jax.Array, ...]
+
+
+def context_of(
+    config: MixtralConfig,
+    shape_BT: tuple[int, int],
+    attention_mask: jax.Array | None,
+    position_ids: jax.Array | None,
+    dtype: jnp.dtype,
+) -> Context:
+    """Derive rotations and visible keys from mask and positions; positions are 0..T-1 unless given."""
+    B, T = shape_BT
+    position_BT = jnp.broadcast_to(jnp.arange(T), (B, T)) if position_ids is None else position_ids
+    return Context(rotary(config, position_BT, dtype), visible_keys(config, shape_BT, attention_mask, position_ids))
+
+
+class Embedding(nnx.Module):
+    """Holds one vector per token."""
+
+    def __init__(self, config: MixtralConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+        init = nnx.initializers.normal(config.initializer_range)
+        self.embedding = nnx.Param(init(rngs.params(), (config.vocab_size, config.hidden_size), dtype))
+
+    def __call__(self, input_ids: jax.Array) -> jax.Array:
+        """Look tokens up: [B, T] to [B, T, D]."""
+        return self.embedding[...][input_ids]
+
+
+class DecoderBlock(nnx.Module):
+    """Attention and experts, each after its norm and added to the residual stream."""
+
+    def __init__(self, config: MixtralConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+        self.input_norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype=dtype)
+        self.attention = Attention(config, dtype=dtype, rngs=rngs)
+        self.post_attention_norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype=dtype)
+        self.moe = MoE(config, dtype=dtype, rngs=rngs)
+
+    def __call__(
+        self,
+        x_BTD: jax.Array,
+        context: Context,
+        routing_MA: jax.Array | None = None,
+        key: jax.Array | None = None,
+    ) -> BlockTrace:
+        """Run the block; `resid_out` is its output.
+
+        Args:
+            x_BTD: the residual stream.
+            context: rotations and visible keys.
+            routing_MA: experts to take instead of the router's own choice.
+            key: PRNG key of training: turns on attention dropout and router jitter.
+        """
+        attention_key, moe_key = (None, None) if key is None else jax.random.split(key)
+        input_norm = self.input_norm(x_BTD)
+        attention = self.attention(input_norm, context.rotation, context.visible_BTS, attention_key)
+        resid_mid = x_BTD + attention.out_BTD
+        post_attn_norm = self.post_attention_norm(resid_mid)
+        moe = self.moe(post_attn_norm, routing_MA, moe_key)
+        return BlockTrace(
+            input_norm=input_norm,
+            q=attention.q_BTNH,
+            k=attention.k_BTKH,
+            v=attention.v_BTKH,
+            q_rot=attention.q_rot_BTNH,
+            k_rot=attention.k_rot_BTKH,
+            attn_context=attention.context_BTNH,
+            attn_out=attention.out_BTD,
+            resid_mid=resid_mid,
+            post_attn_norm=post_attn_norm,
+            router_logits=moe.routing.logits_ME,
+            router_probs=moe.routing.probs_ME,
+            router_ids=moe.routing.ids_MA,
+            router_weights=moe.routing.weights_MA,
+            moe_out=moe.out_BTD,
+            resid_out=resid_mid + moe.out_BTD,
+        )
+
+
+class Decoder(nnx.Module):
+    """Embedding, blocks and final norm: Mixtral without a head."""
+
+    def __init__(self, config: MixtralConfig, *, dtype: jnp.dtype = jnp.float32, rngs: nnx.Rngs):
+        self.config = config
+        self.embed_tokens = Embedding(config, dtype=dtype, rngs=rngs)
+        self.layers = nnx.List([DecoderBlock(config, dtype=dtype, rngs=rngs) for _ in range(config.num_hidden_layers)])
+        self.final_norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype=dtype)
+
+    def __call__(
+        self,
+        input_ids: jax.Array,
+        attention_mask: jax.Array | None = None,
+        position_ids: jax.Array | None = None,
+        key: jax.Array | None = None,
+    ) -> DecoderTrace:
+        """Run every block; see `heads.Mixtral.__call__` for the arguments."""
+        B, T = input_ids.shape
+        x_BTD = self.embed_tokens(input_ids)
+        context = context_of(self.config, (B, T), attention_mask, position_ids, x_BTD.dtype)
+        stream, router_logits = [], []
+        for layer, block in enumerate(self.layers):
+            layer_key = None if key is None else jax.random.fold_in(key, layer)
+            trace = block(x_BTD, context, key=layer_key)
+            stream.append(x_BTD)
+            router_logits.append(trace.router_logits)
+            x_BTD = trace.resid_out
+        return DecoderTrace(tuple(stream), self.final_norm(x_BTD), tuple(router_logits))

@@ -1,0 +1,236 @@
+"""The models that users build: the language model, the bare one, and three classification heads."""
+
+from pathlib import Path
+from typing import NamedTuple, Self
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import ArrayLike
+
+from flax_mixtral import pretrained
+from flax_mixtral.config import Architecture, ConfigError, MixtralConfig
+from flax_mixtral.decoder import Decoder, DecoderTrace
+from flax_mixtral.losses import load_balancing_loss
+from flax_mixtral.projection import Projection, project
+
+__all__ = [
+    "MODELS",
+    "Mixtral",
+    "MixtralForQuestionAnswering",
+    "MixtralForSequenceClassification",
+    "MixtralForTokenClassification",
+    "MixtralModel",
+    "MixtralOutput",
+]
+
+
+class MixtralOutput(NamedTuple):
+    """What a forward gives.
+
+    Args:
+        logits: [B, T, V]; [B, C] for sequence classification, [B, T, C] for tokens, [B, T, 2] (start and end) for
+            question answering; None for the bare model.
+        hidden_states: L + 1 arrays [B, T, D]: before each block, and after the final norm.
+        router_logits: L arrays [M, E].
+        aux_loss: load-balancing loss of the real tokens, float32, without its coefficient.
+    """
+
+    logits: jax.Array | None
+    hidden_states: tuple[jax.Array, ...]
+    router_logits: tuple[jax.Array, ...]
+    aux_loss: jax.Array
+
+
+class _Pretrained(nnx.Module):
+    """Reading and writing, the same for every head."""
+
+    architecture: Architecture
+
+    def __init__(self, config: MixtralConfig, *, dtype: jnp.dtype = jnp.float32, rngs: nnx.Rngs):
+        if config.architecture != self.architecture:
+            raise ConfigError(
+                f"{type(self).__name__} is for {self.architecture}, but the configuration says {config.architecture}; "
+                f"build flax_mixtral.MODELS[{config.architecture!r}], or set `architecture`"
+            )
+        self.config = config
+
+    @classmethod
+    def from_pretrained(cls, path: str | Path, *, dtype: jnp.dtype | None = None) -> Self:
+        """Read a checkpoint directory.
+
+        Args:
+            path: what mixtral-convert wrote, or a Hugging Face Mixtral checkpoint, which is then mapped in memory.
+            dtype: of all parameters; None keeps the file's, which must then be one.
+
+        Raises:
+            ConfigError: config.json cannot be honoured, or is for another head.
+            convert.BadInput: tensors are missing, unexpected, misshaped or unreadable.
+        """
+        return pretrained.load(lambda config, rngs: cls(config, rngs=rngs), path, dtype)
+
+    def save_pretrained(self, path: str | Path) -> None:
+        """Write config.json and flax_model.safetensors, as mixtral-convert does."""
+        pretrained.save(self, self.config, path)
+
+    def _output(self, trace: DecoderTrace, logits: jax.Array | None, attention_mask: jax.Array | None) -> MixtralOutput:
+        aux_loss = load_balancing_loss(trace.router_logits, self.config.num_experts_per_tok, attention_mask)
+        return MixtralOutput(logits, (*trace.stream_BTD, trace.final_norm_BTD), trace.router_logits, aux_loss)
+
+
+def _arrays(
+    input_ids: ArrayLike, attention_mask: ArrayLike | None, position_ids: ArrayLike | None
+) -> tuple[jax.Array, jax.Array | None, jax.Array | None]:
+    mask_BT = None if attention_mask is None else jnp.asarray(attention_mask)
+    return jnp.asarray(input_ids), mask_BT, None if position_ids is None else jnp.asarray(position_ids)
+
+
+class MixtralModel(Decoder, _Pretrained):
+    """Mixtral without a head."""
+
+    architecture = "MixtralModel"
+
+    def __init__(self, config: MixtralConfig, *, dtype: jnp.dtype = jnp.float32, rngs: nnx.Rngs):
+        _Pretrained.__init__(self, config, dtype=dtype, rngs=rngs)
+        Decoder.__init__(self, config, dtype=dtype, rngs=rngs)
+
+    def __call__(  # type: ignore[override]  # the decoder's trace becomes the users' output
+        self,
+        input_ids: ArrayLike,
+        attention_mask: ArrayLike | None = None,
+        position_ids: ArrayLike | None = None,
+        key: jax.Array | None = None,
+    ) -> MixtralOutput:
+        """See `Mixtral.__call__`; `logits` is None."""
+        ids_BT, mask_BT, position_BT = _arrays(input_ids, attention_mask, position_ids)
+        return self._output(Decoder.__call__(self, ids_BT, mask_BT, position_BT, key), None, mask_BT)
+
+
+class _Headed(_Pretrained):
+    """A decoder under `model`, and a head on its output."""
+
+    def __init__(self, config: MixtralConfig, *, dtype: jnp.dtype = jnp.float32, rngs: nnx.Rngs):
+        super().__init__(config, dtype=dtype, rngs=rngs)
+        self.model = Decoder(config, dtype=dtype, rngs=rngs)
+
+    def __call__(
+        self,
+        input_ids: ArrayLike,
+        attention_mask: ArrayLike | None = None,
+        position_ids: ArrayLike | None = None,
+        key: jax.Array | None = None,
+    ) -> MixtralOutput:
+        """Run the model.
+
+        Args:
+            input_ids: [B, T] int, each below vocab_size.
+            attention_mask: [B, T], 1 on real tokens and 0 on padding, left or right; None where there is none.
+            position_ids: [B, T] int; 0..T-1 unless given. Without an attention_mask, a position that is not its
+                predecessor plus one starts a new packed sequence, which sees nothing of those before.
+            key: PRNG key of a training step: turns on the configured attention dropout and router jitter.
+
+        Returns:
+            Logits and what led to them, in the parameters' dtype.
+
+        Source: transformers 5.23, modeling_mixtral.py and modeling_layers.py.
+        """
+        ids_BT, mask_BT, position_BT = _arrays(input_ids, attention_mask, position_ids)
+        trace = self.model(ids_BT, mask_BT, position_BT, key)
+        return self._output(trace, self.head(trace.final_norm_BTD, ids_BT), mask_BT)
+
+    def head(self, x_BTD: jax.Array, input_ids: jax.Array) -> jax.Array:
+        """Apply the head to the final norm's output."""
+        raise NotImplementedError
+
+
+class Mixtral(_Headed):
+    """Mixtral as a language model (transformers' MixtralForCausalLM)."""
+
+    architecture = "MixtralForCausalLM"
+
+    def __init__(self, config: MixtralConfig, *, dtype: jnp.dtype = jnp.float32, rngs: nnx.Rngs):
+        super().__init__(config, dtype=dtype, rngs=rngs)
+        if not config.tie_word_embeddings:
+            shape_DV = (config.hidden_size, config.vocab_size)
+            self.lm_head = Projection(shape_DV, std=config.initializer_range, dtype=dtype, rngs=rngs)
+
+    def head(self, x_BTD: jax.Array, input_ids: jax.Array) -> jax.Array:
+        """Give a logit to every token of the vocabulary; a tied head is the embedding."""
+        if self.config.tie_word_embeddings:
+            return project("BTD,VD->BTV", x_BTD, self.model.embed_tokens.embedding[...])
+        return project("BTD,DV->BTV", x_BTD, self.lm_head.kernel[...])
+
+
+class MixtralForSequenceClassification(_Headed):
+    """Mixtral with one set of class logits per sequence, read at its last token that is not padding."""
+
+    architecture = "MixtralForSequenceClassification"
+
+    def __init__(self, config: MixtralConfig, *, dtype: jnp.dtype = jnp.float32, rngs: nnx.Rngs):
+        super().__init__(config, dtype=dtype, rngs=rngs)
+        shape_DC = (config.hidden_size, config.num_labels)
+        self.score = Projection(shape_DC, std=config.initializer_range, dtype=dtype, rngs=rngs)
+
+    def head(self, x_BTD: jax.Array, input_ids: jax.Array) -> jax.Array:
+        """Score every token and keep the rightmost one whose id is not pad_token_id."""
+        scores_BTC = project("BTD,DC->BTC", x_BTD, self.score.kernel[...])
+        if self.config.pad_token_id is None:
+            if input_ids.shape[0] != 1:
+                raise ValueError(
+                    "sequence classification of more than one row finds each row's last token by pad_token_id, which "
+                    "the configuration lacks; set it, or pass one row at a time"
+                )
+            return scores_BTC[:, -1]
+        places_BT = jnp.arange(input_ids.shape[1]) * (input_ids != self.config.pad_token_id)
+        last_B11 = jnp.argmax(places_BT, axis=1)[:, None, None]
+        return jnp.take_along_axis(scores_BTC, last_B11, axis=1)[:, 0]
+
+
+class MixtralForTokenClassification(_Headed):
+    """Mixtral with class logits for every token."""
+
+    architecture = "MixtralForTokenClassification"
+
+    def __init__(self, config: MixtralConfig, *, dtype: jnp.dtype = jnp.float32, rngs: nnx.Rngs):
+        super().__init__(config, dtype=dtype, rngs=rngs)
+        D, C = config.hidden_size, config.num_labels
+        bias_C = (C,) if config.token_classification_bias else None
+        self.score = Projection((D, C), std=config.initializer_range, bias=bias_C, dtype=dtype, rngs=rngs)
+
+    def head(self, x_BTD: jax.Array, input_ids: jax.Array) -> jax.Array:
+        """Score every token."""
+        scores_BTC = project("BTD,DC->BTC", x_BTD, self.score.kernel[...])
+        return scores_BTC + self.score.bias[...] if self.config.token_classification_bias else scores_BTC
+
+
+class MixtralForQuestionAnswering(_Headed):
+    """Mixtral with two logits for every token: that the answer starts there, and that it ends there."""
+
+    architecture = "MixtralForQuestionAnswering"
+
+    def __init__(self, config: MixtralConfig, *, dtype: jnp.dtype = jnp.float32, rngs: nnx.Rngs):
+        super().__init__(config, dtype=dtype, rngs=rngs)
+        D, C = config.hidden_size, config.num_labels
+        self.qa_outputs = Projection((D, C), std=config.initializer_range, bias=(C,), dtype=dtype, rngs=rngs)
+
+    def head(self, x_BTD: jax.Array, input_ids: jax.Array) -> jax.Array:
+        """Score every token as start and as end."""
+        return project("BTD,DC->BTC", x_BTD, self.qa_outputs.kernel[...]) + self.qa_outputs.bias[...]
+
+
+Model = (
+    Mixtral
+    | MixtralModel
+    | MixtralForSequenceClassification
+    | MixtralForTokenClassification
+    | MixtralForQuestionAnswering
+)
+
+MODELS: dict[Architecture, type[Model]] = {
+    "MixtralModel": MixtralModel,
+    "MixtralForCausalLM": Mixtral,
+    "MixtralForSequenceClassification": MixtralForSequenceClassification,
+    "MixtralForTokenClassification": MixtralForTokenClassification,
+    "MixtralForQuestionAnswering": MixtralForQuestionAnswering,
+}
+"""The class of each `architectures` entry of config.json."""

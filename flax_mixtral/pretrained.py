@@ -1,0 +1,41 @@
+"""Reading and writing checkpoints from the model's side.
+
+The one module here that imports convert. It does so inside its functions, since convert imports this package's
+neutral modules.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar
+
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from flax_mixtral.arrays import arrays_of, fill
+from flax_mixtral.config import MixtralConfig
+
+__all__ = ["load", "save"]
+
+Built = TypeVar("Built", bound=nnx.Module)
+Build = Callable[[MixtralConfig, nnx.Rngs], Built]
+
+
+def load(build: Build[Built], path: str | Path, dtype: jnp.dtype | None) -> Built:
+    """Build a model from a checkpoint directory; see `heads.Mixtral.from_pretrained`."""
+    from convert import BadInput, Checkpoint
+
+    checkpoint = Checkpoint.open(path)
+    view = checkpoint.view("flax")
+    found = sorted({str(view.dtype(name)) for name in view})
+    if dtype is None and len(found) > 1:
+        raise BadInput(f"{path} holds parameters of {' and '.join(found)}; name one for all with dtype=")
+    arrays = {name: jnp.asarray(view[name], dtype) for name in view}
+    return fill(lambda rngs: build(checkpoint.config, rngs), arrays)
+
+
+def save(module: nnx.Module, config: MixtralConfig, path: str | Path) -> None:
+    """Write a model as a checkpoint directory; see `heads.Mixtral.save_pretrained`."""
+    import convert
+
+    convert.save(path, {name: np.asarray(array) for name, array in arrays_of(module).items()}, config)

@@ -1,0 +1,40 @@
+"""Matrix products with Hugging Face's rounding: float32 accumulation, one cast to the input's dtype."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+__all__ = ["Projection", "project"]
+
+
+def project(equation: str, x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """Contract x with a kernel.
+
+    Args:
+        equation: an einsum equation in the letters of flax_mixtral.axes.
+        x: activations, any float dtype.
+        kernel: [in, out] weights of the same dtype.
+
+    Returns:
+        The product in x's dtype, accumulated in float32 (or wider).
+    """
+    wide = jnp.promote_types(x.dtype, jnp.float32)
+    # Asking for a wide result is also what makes bfloat16 fast on a CPU: XLA then calls its blocked float32 kernels.
+    return jnp.einsum(equation, x, kernel, preferred_element_type=wide).astype(x.dtype)
+
+
+class Projection(nnx.Module):
+    """Holds one kernel, and a bias where the layer has one."""
+
+    def __init__(
+        self,
+        shape: tuple[int, ...],
+        *,
+        std: float,
+        bias: tuple[int, ...] | None = None,
+        dtype: jnp.dtype,
+        rngs: nnx.Rngs,
+    ):
+        self.kernel = nnx.Param(nnx.initializers.normal(std)(rngs.params(), shape, dtype))
+        if bias is not None:
+            self.bias = nnx.Param(jnp.zeros(bias, dtype))
