@@ -1,0 +1,61 @@
+"""Casts that were asked for, and what they lose.
+
+Imports the standard library, NumPy and ml_dtypes.
+"""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+from numpy.typing import NDArray
+
+__all__ = ["CASTS", "Loss", "cast"]
+
+CASTS: dict[str, np.dtype[Any]] = {
+    "bfloat16": np.dtype(ml_dtypes.bfloat16),
+    "float16": np.dtype(np.float16),
+    "float32": np.dtype(np.float32),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Loss:
+    """How many values of a tensor a cast changed."""
+
+    values: int = 0
+    changed: int = 0
+    """Values that differ afterwards, those below among them."""
+    to_infinity: int = 0
+    """Finite values too large for the new dtype."""
+    to_zero: int = 0
+
+    def __add__(self, other: "Loss") -> "Loss":
+        mine, theirs = asdict(self), asdict(other)
+        return Loss(**{key: mine[key] + theirs[key] for key in mine})
+
+
+def cast(array: NDArray[Any], dtype: np.dtype[Any]) -> tuple[NDArray[Any], Loss]:
+    """Round an array to a dtype, to nearest even, and count what changes.
+
+    Args:
+        array: floating point, any shape.
+        dtype: one of CASTS.
+
+    Returns:
+        The array in the new dtype (the same one if it has it already), and the loss; a NaN that stays one is no loss.
+    """
+    if array.dtype == dtype:
+        return array, Loss(array.size)
+    with np.errstate(all="ignore"):  # overflow and underflow are counted, NaN is no surprise
+        rounded = array.astype(dtype)
+        if dtype.itemsize > array.dtype.itemsize:  # a wider floating dtype holds every value of a narrower one
+            return rounded, Loss(array.size)
+        back = rounded.astype(array.dtype)
+        changed = (back != array) & ~(np.isnan(back) & np.isnan(array))
+    return rounded, Loss(
+        values=array.size,
+        changed=int(np.count_nonzero(changed)),
+        to_infinity=int(np.count_nonzero(changed & np.isinf(rounded))),
+        to_zero=int(np.count_nonzero(changed & (rounded == 0))),
+    )

@@ -1,0 +1,186 @@
+"""A checkpoint on disk, opened from its headers, and its views: the same weights as any layout has them.
+
+Imports the standard library, NumPy, convert's tables and reader, and flax_mixtral.config.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from convert.diagnose import explain
+from convert.errors import TensorMismatch
+from convert.io.files import WeightFiles, find_weights, inside
+from convert.io.json_strict import read_object
+from convert.io.safetensors import Header, as_bits
+from convert.layouts import LAYOUTS
+from convert.recognise import Recognised, recognise
+from convert.rules import Region, TensorSpec
+from flax_mixtral.axes import axis_sizes
+from flax_mixtral.config import MixtralConfig
+
+__all__ = ["Checkpoint", "View"]
+
+MOST_EXPERTS = 65536
+"""In all layers together; the largest Mixtral has 448."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint whose tensors are known to fit its configuration; nothing but headers has been read."""
+
+    path: Path
+    config: MixtralConfig
+    raw_config: dict[str, Any]
+    """config.json as it is."""
+    files: WeightFiles
+    contents: Recognised
+
+    @classmethod
+    def open(cls, path: str | Path) -> "Checkpoint":
+        """Open a directory with config.json and safetensors of any layout, or of several.
+
+        Raises:
+            UnreadableCheckpoint: a file is missing, truncated or corrupt.
+            ConfigError: config.json cannot be honoured.
+            TensorMismatch: tensors are missing, unexpected, misshaped or there twice; the message lists all.
+        """
+        path = Path(path)
+        raw_config = read_object(inside(path, "config.json"))
+        config = MixtralConfig.from_hf(raw_config)
+        files = find_weights(path)
+        _check_counts(config, len(files.headers), path)
+        contents, wrong = recognise(config, files.headers)
+        if wrong:
+            raise TensorMismatch(explain(config, wrong, files.headers, str(path)))
+        checkpoint = cls(path, config, raw_config, files, contents)
+        checkpoint._check_tied_copies()
+        return checkpoint
+
+    @property
+    def layout(self) -> str:
+        """The layout of all tensors, or "mixed"."""
+        return next(iter(self.contents.layouts), "mixed")
+
+    @property
+    def headers(self) -> Mapping[str, Header]:
+        """Dtype and shape of every tensor as stored."""
+        return self.files.headers
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What is in the files and is left out of every view, and why."""
+        tied = (
+            f"{name} has the same bytes as the embedding, which tie_word_embeddings makes the head: left out"
+            for name in self.contents.tied_copies
+        )
+        buffers = (f"{name} is no parameter, config.json gives it: left out" for name in self.contents.buffers)
+        return (*tied, *buffers)
+
+    def view(self, layout: str) -> "View":
+        """See the checkpoint in a layout: "flax", "hf-legacy" or "hf-fused".
+
+        Raises:
+            ValueError: there is no such layout.
+        """
+        if layout not in LAYOUTS:
+            raise ValueError(f"no layout {layout!r}: expected one of {', '.join(LAYOUTS)}")
+        return View(self, layout)
+
+    def stored(self, name: str) -> NDArray[Any]:
+        """Give a tensor as it is stored: a read-only view of the mapped file."""
+        return self.files.reader(name)[name]
+
+    def _check_tied_copies(self) -> None:
+        sizes = axis_sizes(self.config)
+        for name, spec in self.contents.tied_copies.items():
+            head_DV = spec.pattern.apply(self.stored(name), sizes)
+            tied, place = self.contents.atoms[next(atom for atom in self.contents.atoms if "embed_tokens" in atom.path)]
+            embedding_VD = place.pattern.apply(self.stored(tied), sizes)
+            if head_DV.dtype != embedding_VD.dtype or not np.array_equal(as_bits(head_DV.T), as_bits(embedding_VD)):
+                raise TensorMismatch(
+                    f"{self.path}: config.json ties the head to the embedding, but {name} differs from {tied}\n"
+                    "  likely cause: tie_word_embeddings should be false"
+                )
+
+
+def _check_counts(config: MixtralConfig, tensors: int, path: Path) -> None:
+    """Refuse counts that cannot be true before anything is listed by them."""
+    layers, experts = config.num_hidden_layers, config.num_local_experts
+    if layers > tensors or layers * experts > MOST_EXPERTS:
+        raise TensorMismatch(
+            f"{path}: config.json says num_hidden_layers = {layers} and num_local_experts = {experts}; the "
+            f"checkpoint has {tensors} tensors, and at most {MOST_EXPERTS:,} experts in all layers are understood"
+        )
+
+
+@dataclass(frozen=True)
+class View(Mapping[str, NDArray[Any]]):
+    """A checkpoint in one layout: a mapping from tensor names to arrays, each read and rearranged on access."""
+
+    checkpoint: Checkpoint
+    layout: str
+
+    @cached_property
+    def specs(self) -> dict[str, TensorSpec]:
+        """Every tensor's name, shape and regions, in order."""
+        return LAYOUTS[self.layout].tensors(self.checkpoint.config)
+
+    @cached_property
+    def _sizes(self) -> dict[str, int]:
+        return axis_sizes(self.checkpoint.config)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Give a tensor's shape."""
+        return self.specs[name].shape
+
+    def sources(self, name: str) -> dict[str, np.dtype[Any]]:
+        """Give the stored tensors that a tensor is made of, with their dtypes."""
+        stored = (self.checkpoint.contents.atoms[region.atom][0] for region in self.specs[name].regions)
+        return {source: self.checkpoint.headers[source].dtype for source in stored}
+
+    def dtype(self, name: str) -> np.dtype[Any]:
+        """Give a tensor's dtype.
+
+        Raises:
+            TensorMismatch: it is made of tensors of several dtypes, and no dtype holds them as they are.
+        """
+        dtypes = {dtype: source for source, dtype in self.sources(name).items()}
+        if len(dtypes) > 1:
+            parts = ", ".join(f"{source} is {dtype}" for dtype, source in dtypes.items())
+            raise TensorMismatch(f"{name} is made of tensors of different dtypes: {parts}; ask for a cast with a dtype")
+        return next(iter(dtypes))
+
+    def pieces(self, name: str) -> Iterator[NDArray[Any]]:
+        """Give a tensor as the parts that follow each other in it, one expert's at a time where it is stacked."""
+        return (self._piece(region) for region in self.specs[name].regions)
+
+    def __getitem__(self, name: str) -> NDArray[Any]:
+        spec = self.specs[name]
+        if self.checkpoint.contents.specs.get(name) == spec:
+            return self.checkpoint.stored(name)
+        if len(spec.regions) == 1:
+            return self._piece(spec.regions[0]).reshape(spec.shape)  # one expert alone comes without its axis
+        whole = np.empty(spec.shape, self.dtype(name))
+        flat, start = whole.reshape(-1), 0
+        for piece in self.pieces(name):
+            flat[start : start + piece.size].reshape(piece.shape)[...] = piece
+            start += piece.size
+        return whole
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.specs)
+
+    def __len__(self) -> int:
+        return len(self.specs)
+
+    def _piece(self, region: Region) -> NDArray[Any]:
+        source, place = self.checkpoint.contents.atoms[region.atom]
+        stored = self.checkpoint.stored(source)
+        leaf = place.pattern.apply(stored, self._sizes, place.fixed)
+        piece: NDArray[Any] = region.restore.apply(leaf, self._sizes)
+        return piece

@@ -1,0 +1,32 @@
+"""What convert raises.
+
+    Exception
+    ├── BadInput                    exit 3; the message is complete and needs no traceback
+    │   ├── UnreadableCheckpoint    a file is missing, truncated, corrupt or hostile
+    │   ├── TensorMismatch          tensors and config.json disagree, or a target tensor cannot be built
+    │   └── BadDestination          DST exists, cannot be written, or overlaps SRC
+    └── ValueError
+        └── ConfigError             exit 3; flax_mixtral's: config.json cannot be honoured
+
+Imports nothing but flax_mixtral.config.
+"""
+
+from flax_mixtral.config import ConfigError
+
+__all__ = ["BadDestination", "BadInput", "ConfigError", "TensorMismatch", "UnreadableCheckpoint"]
+
+
+class BadInput(Exception):  # noqa: N818  # it names the fault, as its subclasses do
+    """Something the caller gave cannot be used; the message says what, where and what to do."""
+
+
+class UnreadableCheckpoint(BadInput):
+    """A file of the checkpoint is missing, truncated, corrupt or points outside the checkpoint."""
+
+
+class TensorMismatch(BadInput):
+    """The tensors do not fit the configuration; the message lists all of them and the likely causes."""
+
+
+class BadDestination(BadInput):
+    """The destination exists, cannot be written, or overlaps the source."""
