@@ -1,0 +1,135 @@
+"""The command mixtral-parity."""
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+if TYPE_CHECKING:
+    from parity.inputs import Suite
+    from parity.result import Result
+    from parity.trace import Batch
+
+__all__ = ["main"]
+
+BAD_INPUT, INTERRUPTED = 3, 5
+
+EXAMPLES = """
+\b
+Examples:
+  mixtral-parity run torch-checkpoint/ flax-checkpoint/
+  mixtral-parity run torch-checkpoint/ --suite quick          map to Flax in memory
+  mixtral-parity run torch-checkpoint/ --report report/       write report/result.json
+
+\b
+Exit codes: 0 pass, 1 parity failed, 2 usage, 3 bad input, 4 not everything could be checked, 5 interrupted.
+"""
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]}, epilog=EXAMPLES)
+@click.version_option(package_name="flax-mixtral")
+def cli() -> None:
+    """Compare Flax's Mixtral with PyTorch's, block by block, against an exact float64 run."""
+
+
+@cli.command(epilog=EXAMPLES)
+@click.argument("src", type=click.Path(path_type=Path))
+@click.argument("flax", type=click.Path(path_type=Path), required=False)
+@click.option("--dtype", type=click.Choice(["float32"]), default="float32", show_default=True, help="Computed in.")
+@click.option(
+    "--suite",
+    type=click.Choice(["quick", "standard", "long"]),
+    default="standard",
+    show_default=True,
+    help="How many tokens: some 100, some 2 x 900, or longer than the sliding window.",
+)
+@click.option("--input-ids", type=click.Path(path_type=Path), help="JSON list of token ids (or of lists) instead.")
+@click.option("--text", help="Text instead, through the checkpoint's tokenizer.")
+@click.option("--seed", default=0, show_default=True, help="Of the suite's token ids.")
+@click.option("--report", type=click.Path(path_type=Path), help="Directory for result.json.")
+@click.option("--json", "as_json", is_flag=True, help="Print result.json instead of the table.")
+def run(
+    src: Path,
+    flax: Path | None,
+    dtype: str,
+    suite: "Suite",
+    input_ids: Path | None,
+    text: str | None,
+    seed: int,
+    report: Path | None,
+    as_json: bool,
+) -> None:
+    """Compare Flax with PyTorch on checkpoint SRC.
+
+    SRC is a Mixtral checkpoint as transformers reads it. FLAX is the converted one; without it, SRC is mapped to Flax
+    in memory.
+    """
+    if input_ids is not None and text is not None:
+        raise click.UsageError("--input-ids and --text exclude each other")
+    from parity.report import json as json_report
+
+    result = _run(src, flax, suite, input_ids, text, seed)
+    rendered = json_report.render(result)
+    if report is not None:
+        report.mkdir(parents=True, exist_ok=True)
+        (report / "result.json").write_text(rendered)
+    if as_json:
+        click.echo(rendered, nl=False)
+    else:
+        from rich.console import Console
+
+        from parity.report import terminal
+
+        Console(highlight=False).print(terminal.render(result))
+    sys.exit(result.exit_code)
+
+
+def _run(src: Path, flax: Path | None, suite: "Suite", input_ids: Path | None, text: str | None, seed: int) -> "Result":
+    """Run with a progress bar, on a terminal's stderr only."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    from convert import Checkpoint
+    from parity.inputs import read_ids, tokenized
+
+    inputs: Suite | list[Batch] = suite
+    if input_ids is not None:
+        inputs = read_ids(input_ids, Checkpoint.open(src).config)
+    elif text is not None:
+        inputs = tokenized(src, text)
+    from parity.runner import run as run_parity  # after the inputs are known to be good: it loads JAX and torch
+
+    columns = (TextColumn("{task.description:<28}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task("opening checkpoints", total=None)
+        return run_parity(
+            src,
+            flax,
+            inputs=inputs,
+            seed=seed,
+            progress=lambda step, done, total: bar.update(task, description=step, completed=done, total=total),
+        )
+
+
+def main() -> None:
+    """Run the command; every refusal is one message on stderr and its exit code."""
+    from convert import BadInput
+    from flax_mixtral.config import ConfigError
+
+    try:
+        cli(standalone_mode=False)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except (click.Abort, KeyboardInterrupt):
+        click.echo("interrupted; nothing was written", err=True)
+        sys.exit(INTERRUPTED)
+    except (BadInput, ConfigError) as error:
+        click.echo(f"mixtral-parity: {error}", err=True)
+        sys.exit(BAD_INPUT)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,101 @@
+"""The four statistics of an error, and the margin of one side's error over the other's. NumPy only."""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import ml_dtypes
+import numpy as np
+
+from parity.trace import Array
+
+__all__ = ["UNIT_ROUNDOFF", "Margin", "Statistics", "margin", "statistics"]
+
+UNIT_ROUNDOFF = {
+    "float32": float(np.finfo(np.float32).eps) / 2,
+    "bfloat16": float(ml_dtypes.finfo(ml_dtypes.bfloat16).eps) / 2,
+}
+"""The largest relative error of rounding once to a dtype: a side cannot be asked to be closer to the truth."""
+
+
+TINY = float(np.finfo(np.float64).tiny)
+
+
+class Statistics(NamedTuple):
+    """How large an error is, in four ways."""
+
+    pooled: float
+    worst_token: float
+    worst_channel: float
+    largest: float
+
+
+@dataclass(frozen=True, slots=True)
+class Margin:
+    """How much farther from the exact answer Flax is than torch, in the statistic where that is worst.
+
+    Args:
+        value: the ratio; 1 is as close as torch.
+        statistic: the name of that statistic.
+        torch_error: pooled RMS error of torch relative to the exact array's RMS.
+        flax_error: the same of Flax.
+        row: where Flax's error is largest, an index into the rows compared.
+    """
+
+    value: float
+    statistic: str
+    torch_error: float
+    flax_error: float
+    row: int
+
+
+def statistics(error_RC: Array, exact_RC: Array) -> Statistics:
+    """Sum an error up.
+
+    Args:
+        error_RC: [rows, channels] float64, a side's array minus the exact one.
+        exact_RC: [rows, channels] float64.
+
+    Returns:
+        RMS over everything; the largest over rows of RMS error / RMS magnitude; the same over channels; the largest
+        absolute element. A row or channel that is (nearly) zero counts with a 2**-24 part of the array's magnitude.
+    """
+    magnitude = float(_rms(exact_RC, None))
+    floor = max(magnitude * 2.0**-24, TINY)
+    per_row = _rms(error_RC, 1) / np.maximum(_rms(exact_RC, 1), floor)
+    per_channel = _rms(error_RC, 0) / np.maximum(_rms(exact_RC, 0), floor)
+    return Statistics(
+        float(_rms(error_RC, None)), float(per_row.max()), float(per_channel.max()), float(np.abs(error_RC).max())
+    )
+
+
+def margin(torch_RC: Array, flax_RC: Array, exact_RC: Array, unit_roundoff: float) -> Margin:
+    """Compare both sides' errors against the exact answer for the same input.
+
+    Args:
+        torch_RC: [rows, channels], any float dtype, finite, not empty.
+        flax_RC: the same of Flax.
+        exact_RC: the oracle's, float64.
+        unit_roundoff: of the dtype that both sides compute in.
+
+    Returns:
+        The largest of the four ratios stat(Flax's error) / max(stat(torch's error), unit_roundoff * magnitude).
+    """
+    flax_error_RC = flax_RC.astype(np.float64) - exact_RC
+    torch_stats = statistics(torch_RC.astype(np.float64) - exact_RC, exact_RC)
+    flax_stats = statistics(flax_error_RC, exact_RC)
+    magnitude = float(_rms(exact_RC, None))
+    # The two relative statistics have magnitude 1; the two absolute ones that of the array and of its largest element.
+    one_rounding = Statistics(magnitude, 1.0, 1.0, float(np.abs(exact_RC).max()))
+    ratios = {
+        name: flax / max(torch, unit_roundoff * unit, TINY)
+        for name, flax, torch, unit in zip(Statistics._fields, flax_stats, torch_stats, one_rounding, strict=True)
+    }
+    worst = max(ratios, key=lambda name: ratios[name])
+    relative = max(magnitude, TINY)
+    row = int(np.abs(flax_error_RC).max(axis=1).argmax())
+    return Margin(ratios[worst], worst, torch_stats.pooled / relative, flax_stats.pooled / relative, row)
+
+
+def _rms(x: Array, axis: int | None) -> Array:
+    root: Array = np.sqrt(np.mean(np.square(x), axis=axis))
+    return root

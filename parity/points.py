@@ -1,0 +1,106 @@
+"""The comparison points: names, order and axes in one table. Walk, verdict, reports and docs read it.
+
+Imports flax_mixtral's neutral modules only.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+from flax_mixtral.config import Architecture, MixtralConfig
+
+__all__ = ["POINTS", "Point", "block_points", "head_points", "names_of"]
+
+Place = Literal["embed", "block", "expert", "head", "whole"]
+Kind = Literal["arithmetic", "exact", "ids"]
+
+
+@dataclass(frozen=True, slots=True)
+class Point:
+    """One place in the model where the sides are compared.
+
+    `axes` names the array's dimensions (letters of flax_mixtral.axes); the rows of an expert's arrays are the tokens
+    that it is given, `R`. `kind` says how: by the oracle's margin, as equal, or as sets of expert ids.
+    """
+
+    name: str
+    place: Place
+    axes: str
+    says: str
+    kind: Kind = "arithmetic"
+
+
+POINTS = (
+    Point("embed", "embed", "B T D", "token embedding", "exact"),
+    Point("input_norm", "block", "B T D", "RMS norm before attention"),
+    Point("q", "block", "B T N H", "query projection"),
+    Point("k", "block", "B T K H", "key projection"),
+    Point("v", "block", "B T K H", "value projection"),
+    Point("q_rot", "block", "B T N H", "queries after rotary embedding"),
+    Point("k_rot", "block", "B T K H", "keys after rotary embedding"),
+    Point("attn_context", "block", "B T N H", "values mixed by attention, head by head"),
+    Point("attn_out", "block", "B T D", "output projection of attention"),
+    Point("resid_mid", "block", "B T D", "residual stream after attention"),
+    Point("post_attn_norm", "block", "B T D", "RMS norm before the experts"),
+    Point("router_logits", "block", "M E", "router's projection"),
+    Point("router_probs", "block", "M E", "softmax over experts, float32"),
+    Point("router_ids", "block", "M A", "experts chosen for each token", "ids"),
+    Point("router_weights", "block", "M A", "their weights, renormalised"),
+    Point("expert.{E}.gate", "expert", "R F", "gate projection of one expert"),
+    Point("expert.{E}.up", "expert", "R F", "up projection"),
+    Point("expert.{E}.act", "expert", "R F", "activation(gate) * up"),
+    Point("expert.{E}.down", "expert", "R D", "down projection, before the routing weight"),
+    Point("moe_out", "block", "B T D", "experts' outputs combined"),
+    Point("resid_out", "block", "B T D", "residual stream after the block"),
+    Point("lens", "block", "logits", "final norm and head applied to resid_out: logits layer by layer"),
+    Point("final_norm", "head", "B T D", "RMS norm after the last block"),
+    Point("logits", "head", "logits", "the head's output"),
+    Point("loss", "whole", "", "cross entropy of the next token, mean over real tokens"),
+    Point("aux_loss", "whole", "", "load-balancing loss over all layers"),
+)
+
+LOGIT_AXES: dict[Architecture, str | None] = {
+    "MixtralModel": None,
+    "MixtralForCausalLM": "B T V",
+    "MixtralForSequenceClassification": "B C",
+    "MixtralForTokenClassification": "B T C",
+    "MixtralForQuestionAnswering": "B T C",
+}
+"""What `logits` stands for under each head; the bare model has none, hence neither `lens`."""
+
+
+def names_of(point: Point, config: MixtralConfig) -> Iterator[str]:
+    """Give the point's names in a trace: one, or one for each expert."""
+    if point.place != "expert":
+        yield point.name
+    else:
+        yield from (point.name.format(E=expert) for expert in range(config.num_local_experts))
+
+
+def block_points(config: MixtralConfig) -> Iterator[tuple[str, Point]]:
+    """Walk the names and points of one block in the order of computation, expert by expert."""
+    experts = [point for point in POINTS if point.place == "expert"]
+    for point in _present("block", config):
+        if point.name == "moe_out":
+            for expert in range(config.num_local_experts):
+                yield from ((row.name.format(E=expert), row) for row in experts)
+        yield point.name, point
+
+
+def head_points(config: MixtralConfig) -> Iterator[tuple[str, Point]]:
+    """Walk the names and points after the last block."""
+    yield from ((point.name, point) for point in _present("head", config))
+    if config.architecture == "MixtralForCausalLM":
+        yield from ((point.name, point) for point in _present("whole", config))
+
+
+def _present(place: Place, config: MixtralConfig) -> Iterator[Point]:
+    for point in POINTS:
+        if point.place != place:
+            continue
+        if point.axes == "logits":
+            axes = LOGIT_AXES[config.architecture]
+            if axes is not None:
+                yield Point(point.name, point.place, axes, point.says, point.kind)
+        else:
+            yield point

@@ -1,0 +1,1 @@
+"""Renderings of a Result. Nothing is computed here."""

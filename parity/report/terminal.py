@@ -1,0 +1,98 @@
+"""The table that a run prints, and the verdict under it."""
+
+from collections.abc import Iterable
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from parity.result import Result
+from parity.verdict import MARGIN_LIMIT, Finding, Mode, Verdict
+
+__all__ = ["render"]
+
+COLOURS: dict[Verdict, str] = {"pass": "green", "fail": "red", "unchecked": "yellow"}
+
+MOST_REASONS = 6
+
+
+def render(result: Result) -> RenderableType:
+    """Show the worst margin of each block, the logits layer by layer, routing, and the verdict.
+
+    Args:
+        result: of a run.
+    """
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    for heading in ("layer", "local", "at", "propagated", "at", "lens", "routing", ""):
+        table.add_column(heading, justify="right" if heading in ("layer", "local", "propagated", "lens") else "left")
+    layers = sorted({finding.layer for finding in result.findings if finding.layer is not None})
+    for layer in layers:
+        own = [finding for finding in result.findings if finding.layer == layer]
+        table.add_row(
+            str(layer), *_cells(own, ("local", "propagated")), _lens(own), _routing(result, layer), _mark(own)
+        )
+    ends = [finding for finding in result.findings if finding.layer is None]
+    table.add_row("ends", *_cells(ends, ("local", "propagated")), "", "", _mark(ends))
+    whole = [finding for finding in ends if finding.mode in ("whole", "reference")]
+    if whole:
+        table.add_row("whole", "", "", *_cells(whole, ("whole",)), "", "", _mark(whole))
+    return Group(table, Text(), *_reasons(result), _summary(result))
+
+
+def _cells(findings: Iterable[Finding], modes: tuple[Mode, ...]) -> list[str]:
+    cells = []
+    for mode in modes:
+        measured = [f for f in findings if f.mode == mode and f.margin is not None]
+        worst = max(measured, key=lambda f: f.margin or 0.0, default=None)
+        cells += ["", ""] if worst is None else [f"{worst.margin:.2f}", worst.point]
+    return cells
+
+
+def _lens(findings: Iterable[Finding]) -> str:
+    errors = [
+        f.flax_error for f in findings if f.point == "lens" and f.mode == "propagated" and f.flax_error is not None
+    ]
+    return f"{max(errors):.1e}" if errors else ""
+
+
+def _routing(result: Result, layer: int) -> str:
+    compared = [routing for key, routing in result.routing.items() if key[0] == layer and key[1] == "propagated"]
+    tokens, flips = sum(r.tokens for r in compared), [flip for r in compared for flip in r.flips]
+    if not tokens:
+        return ""
+    if not flips:
+        return "equal"
+    excused = sum(flip.excused for flip in flips)
+    return f"{len(flips)} of {tokens} flip, {excused} within rounding"
+
+
+def _mark(findings: Iterable[Finding]) -> Text:
+    verdicts = {finding.verdict for finding in findings}
+    verdict: Verdict = "fail" if "fail" in verdicts else "unchecked" if "unchecked" in verdicts else "pass"
+    return Text(verdict, style=COLOURS[verdict])
+
+
+def _reasons(result: Result) -> list[Text]:
+    lines = [f"{difference.name}: {difference.reason}" for difference in result.differences]
+    for finding in result.findings:
+        if finding.verdict != "pass":
+            where = "" if finding.layer is None else f"layer {finding.layer} "
+            lines.append(f"{where}{finding.point} ({finding.mode}, {finding.batch}): {finding.reason}")
+    shown = [Text(f"  {line}") for line in lines[:MOST_REASONS]]
+    if len(lines) > MOST_REASONS:
+        shown.append(Text(f"  and {len(lines) - MOST_REASONS} more; --report DIR writes them all to result.json"))
+    return [*shown, *(Text(f"  note: {note}", style="yellow") for note in result.notes)]
+
+
+def _summary(result: Result) -> Text:
+    text = Text("verdict: ").append(result.verdict, style=f"bold {COLOURS[result.verdict]}")
+    if result.worst is not None:
+        where = "" if result.worst.layer is None else f"layer {result.worst.layer} "
+        text.append(
+            f", worst margin {result.worst.margin:.2f} at {where}{result.worst.point} ({result.worst.mode}); "
+            f"limit {MARGIN_LIMIT[result.dtype]:g} in {result.dtype}"
+        )
+    if result.first_divergence is not None:
+        where = "" if result.first_divergence.layer is None else f"layer {result.first_divergence.layer}, "
+        text.append(f"\nfirst divergence: {where}{result.first_divergence.point}", style="bold")
+    return text

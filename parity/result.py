@@ -1,0 +1,147 @@
+"""The result of a run: what every report is rendered from. `to_json` has the documented, versioned fields."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from parity.points import POINTS
+from parity.router import LayerRouting
+from parity.sides.timed import Cost
+from parity.verdict import MARGIN_LIMIT, Finding, Mode, Verdict, overall
+from parity.weights import Difference
+
+__all__ = ["EXIT_CODES", "SCHEMA_VERSION", "Divergence", "Result"]
+
+SCHEMA_VERSION = 1
+
+EXIT_CODES: dict[Verdict, int] = {"pass": 0, "fail": 1, "unchecked": 4}
+
+BLAME_ORDER: tuple[Mode, ...] = ("reference", "local", "propagated", "whole")
+"""Which mode's failures place a fault best: a local one blames its block, a propagated one may be inherited."""
+
+
+@dataclass(frozen=True, slots=True)
+class Divergence:
+    """Where the sides part first: a layer (None outside the blocks) and a point."""
+
+    layer: int | None
+    point: str
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """Everything a run found.
+
+    Args:
+        findings: one verdict for each point, layer, batch and mode, in the order of computation.
+        routing: the comparison of routing by layer, mode and batch.
+        differences: configuration fields and weights that are not equal; any makes the run fail.
+        weights_compared: how many leaves were; 0 where Flax's weights are the source mapped in memory.
+        notes: what these inputs could not show.
+        dtype: what both sides computed in.
+        environment: versions and machine.
+        provenance: checkpoints and their hashes, inputs, seed.
+        cost: by side.
+    """
+
+    findings: Sequence[Finding]
+    routing: Mapping[tuple[int, Mode, str], LayerRouting]
+    differences: Sequence[Difference]
+    weights_compared: int
+    notes: Sequence[str]
+    dtype: str
+    environment: Mapping[str, Any]
+    provenance: Mapping[str, Any]
+    cost: Mapping[str, Cost]
+
+    @property
+    def verdict(self) -> Verdict:
+        """Sum up findings and differences."""
+        return "fail" if self.differences else overall(self.findings)
+
+    @property
+    def exit_code(self) -> int:
+        """What the command line ends with."""
+        return EXIT_CODES[self.verdict]
+
+    @property
+    def worst(self) -> Finding | None:
+        """The finding with the largest margin."""
+        measured = [finding for finding in self.findings if finding.margin is not None]
+        return max(measured, key=lambda finding: finding.margin or 0.0, default=None)
+
+    @property
+    def first_divergence(self) -> Divergence | None:
+        """The first failure in the order of computation, of the mode that places best; else the first difference."""
+        for mode in BLAME_ORDER:
+            failures = [f for f in self.findings if f.mode == mode and f.verdict == "fail"]
+            if failures:
+                first = min(failures, key=_depth)
+                return Divergence(first.layer, first.point)
+        if self.differences:
+            name = self.differences[0].name
+            return Divergence(_layer_of(name), name)
+        return None
+
+    def to_json(self) -> dict[str, Any]:
+        """Give the content of result.json."""
+        first = self.first_divergence
+        return {
+            "schema_version": SCHEMA_VERSION,
+            "verdict": self.verdict,
+            "first_divergence": None if first is None else asdict(first),
+            "causes": [],
+            "dtype": self.dtype,
+            "margin_limit": MARGIN_LIMIT[self.dtype],
+            "points": [_jsonable(asdict(finding)) for finding in self.findings],
+            "router": [_routing_json(key, routing) for key, routing in self.routing.items()],
+            "weights": {
+                "compared": self.weights_compared,
+                "differences": [asdict(difference) for difference in self.differences],
+            },
+            "notes": list(self.notes),
+            "environment": dict(self.environment),
+            "provenance": dict(self.provenance),
+            "cost": {side: asdict(cost) for side, cost in self.cost.items()},
+        }
+
+
+_ORDER = {point.name.split(".")[-1]: number for number, point in enumerate(POINTS)}
+
+
+def _depth(finding: Finding) -> tuple[float, int]:
+    """Order findings as they are computed: embedding, blocks, head; within a block by the table of points."""
+    order = _ORDER[finding.point.split(".")[-1]]
+    if finding.layer is None:
+        return (-1.0 if finding.point == "embed" else math.inf, order)
+    return (finding.layer, order)
+
+
+def _layer_of(name: str) -> int | None:
+    parts = name.split(".")
+    return int(parts[parts.index("layers") + 1]) if "layers" in parts else None
+
+
+def _routing_json(key: tuple[int, Mode, str], routing: LayerRouting) -> dict[str, Any]:
+    layer, mode, batch = key
+    return {
+        "layer": layer,
+        "mode": mode,
+        "batch": batch,
+        "tokens": routing.tokens,
+        "agreement": _jsonable(routing.agreement),
+        "flips": [_jsonable({**asdict(flip), "excused": flip.excused}) for flip in routing.flips],
+        "excused": sum(flip.excused for flip in routing.flips),
+        "min_margin": _jsonable(routing.min_margin),
+        "load": list(routing.load),
+    }
+
+
+def _jsonable(value: Any) -> Any:
+    """JSON has no infinity and no NaN: they become null."""
+    if isinstance(value, dict):
+        return {key: _jsonable(item) for key, item in value.items()}
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value

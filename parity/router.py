@@ -1,0 +1,112 @@
+"""Routing compared: which tokens the sides route differently, and whether rounding excuses it."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from parity.trace import Array, Batch, Trace
+
+__all__ = ["Flip", "LayerRouting", "compare_routing", "dense_weights"]
+
+EXCUSED_ERRORS = 4.0
+"""A flip is rounding where the oracle's margin is within so many of the token's calibrated logit errors: 2 left 3 flips
+of 12 correct bfloat16 ports unexcused (the worst at 2.41), 4 leaves none."""
+
+
+@dataclass(frozen=True, slots=True)
+class Flip:
+    """One real token whose set of experts differs between torch and Flax.
+
+    Args:
+        token: index into M.
+        torch_ids: torch's experts, ascending.
+        flax_ids: Flax's, ascending.
+        margin: the oracle's logit of rank A minus that of rank A + 1.
+        logit_error: the token's calibrated logit error.
+        tie: whether torch's own logits at rank A and A + 1 are equal.
+    """
+
+    token: int
+    torch_ids: tuple[int, ...]
+    flax_ids: tuple[int, ...]
+    margin: float
+    logit_error: float
+    tie: bool
+
+    @property
+    def excused(self) -> bool:
+        """Whether rounding alone can have caused it."""
+        return self.tie or self.margin <= EXCUSED_ERRORS * self.logit_error
+
+
+@dataclass(frozen=True, slots=True)
+class LayerRouting:
+    """The routing of one layer in one batch and mode.
+
+    Args:
+        tokens: how many real tokens were compared.
+        flips: those that the sides route differently.
+        min_margin: the oracle's smallest margin between rank A and A + 1.
+        load: real tokens of each expert on the torch side.
+    """
+
+    tokens: int
+    flips: tuple[Flip, ...]
+    min_margin: float
+    load: tuple[int, ...]
+
+    @property
+    def agreement(self) -> float:
+        """The share of tokens with the same set of experts."""
+        return 1 - len(self.flips) / self.tokens if self.tokens else float("nan")
+
+
+def compare_routing(torch: Trace, flax: Trace, oracle: Trace, batch: Batch) -> LayerRouting:
+    """Compare the sets of experts token by token.
+
+    Args:
+        torch: a block's trace with `router_ids` and `router_logits`.
+        flax: the same of Flax, routed by itself.
+        oracle: the exact `router_logits`.
+        batch: says which tokens are real.
+    """
+    torch_MA, flax_MA = np.sort(torch["router_ids"], axis=1), np.sort(flax["router_ids"], axis=1)
+    exact_ME = oracle["router_logits"].astype(np.float64)
+    torch_ME = torch["router_logits"].astype(np.float64)
+    real = batch.real_M
+    margin_M, error_M = _margins(exact_ME, torch_MA.shape[1]), np.abs(torch_ME - exact_ME).max(axis=1)
+    calibrated_M = np.maximum(error_M, np.median(error_M[real])) if real.any() else error_M
+    tie_M = _margins(torch_ME, torch_MA.shape[1]) == 0
+    differs_M = (torch_MA != flax_MA).any(axis=1) & real
+    flips = tuple(
+        Flip(
+            int(m),
+            tuple(map(int, torch_MA[m])),
+            tuple(map(int, flax_MA[m])),
+            float(margin_M[m]),
+            float(calibrated_M[m]),
+            bool(tie_M[m]),
+        )
+        for m in np.flatnonzero(differs_M)
+    )
+    load = np.bincount(torch_MA[real].reshape(-1), minlength=exact_ME.shape[1])
+    min_margin = float(margin_M[real].min()) if real.any() else float("nan")
+    return LayerRouting(int(real.sum()), flips, min_margin, tuple(map(int, load)))
+
+
+def dense_weights(ids_MA: Array, weights_MA: Array | None, experts: int) -> Array | None:
+    """Spread routing weights over all experts, 0 where a token was not routed: [M, E], whatever the order of ids."""
+    if weights_MA is None or weights_MA.shape != ids_MA.shape:
+        return weights_MA
+    dense_ME = np.zeros((len(ids_MA), experts), weights_MA.dtype)
+    np.put_along_axis(dense_ME, ids_MA.astype(np.int64), weights_MA, axis=1)
+    return dense_ME
+
+
+def _margins(logits_ME: Array, per_token: int) -> Array:
+    """Give rank A minus rank A + 1 of each row; infinite where every expert is chosen."""
+    if per_token == logits_ME.shape[1]:
+        return np.full(len(logits_ME), np.inf)
+    ordered_ME = np.sort(logits_ME, axis=1)[:, ::-1]
+    margins: Array = ordered_ME[:, per_token - 1] - ordered_ME[:, per_token]
+    return margins

@@ -1,0 +1,53 @@
+"""The sides of a comparison. `Side` is the whole protocol: anything that offers it can be walked."""
+
+from collections.abc import Sequence
+from typing import Protocol, runtime_checkable
+
+from parity.trace import Array, Batch, Trace
+
+__all__ = ["Side", "WholeModel"]
+
+
+class Side(Protocol):
+    """One implementation of Mixtral, cut into the pieces that the walk calls.
+
+    Arrays go in and come out as NumPy. Points (parity.points) that a side does not offer are left out of its traces.
+    """
+
+    name: str
+
+    def embed(self, batch: Batch) -> Array:
+        """Look the tokens up: [B, T, D]."""
+        ...
+
+    def block(self, layer: int, x_BTD: Array, batch: Batch, routing: Array | None = None) -> Trace:
+        """Run one decoder block and record its points.
+
+        Args:
+            layer: 0-based.
+            x_BTD: the residual stream before the block.
+            batch: gives mask and positions.
+            routing: [M, A] expert ids to use instead of the router's own choice; the weights still come from the
+                side's own logits. `router_ids` is then still the side's own choice.
+
+        Returns:
+            The block's points but `lens`; `resid_out` is what the next block takes.
+        """
+        ...
+
+    def head(self, x_BTD: Array, batch: Batch) -> Trace:
+        """Apply final norm and head: `final_norm`, and `logits` where the architecture has a head."""
+        ...
+
+    def losses(self, logits: Array, router_logits: Sequence[Array], batch: Batch) -> Trace:
+        """Compute `loss` (labels are the batch's own tokens) and `aux_loss` from L arrays [M, E]."""
+        ...
+
+
+@runtime_checkable
+class WholeModel(Protocol):
+    """A side that can also run the model as its users do, in one call."""
+
+    def whole(self, batch: Batch) -> Array | None:
+        """Give the logits; None for a model without a head."""
+        ...

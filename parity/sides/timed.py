@@ -1,0 +1,66 @@
+"""A side that measures itself: seconds inside its calls and the process's memory after them."""
+
+import os
+import resource
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+from parity.sides import Side
+from parity.trace import Array, Batch, Trace
+
+__all__ = ["Cost", "Timed"]
+
+T = TypeVar("T")
+
+
+@dataclass(slots=True)
+class Cost:
+    """What one side took: seconds inside its calls, and the process's resident bytes after the largest of them."""
+
+    seconds: float = 0.0
+    peak_bytes: int = 0
+
+
+class Timed:
+    """Pass every call on to a side and add up what it costs."""
+
+    def __init__(self, side: Side):
+        self.name = side.name
+        self.cost = Cost()
+        self._side = side
+
+    def embed(self, batch: Batch) -> Array:
+        """See `Side.embed`."""
+        return self._measured(lambda: self._side.embed(batch))
+
+    def block(self, layer: int, x_BTD: Array, batch: Batch, routing: Array | None = None) -> Trace:
+        """See `Side.block`."""
+        return self._measured(lambda: self._side.block(layer, x_BTD, batch, routing))
+
+    def head(self, x_BTD: Array, batch: Batch) -> Trace:
+        """See `Side.head`."""
+        return self._measured(lambda: self._side.head(x_BTD, batch))
+
+    def losses(self, logits: Array, router_logits: Sequence[Array], batch: Batch) -> Trace:
+        """See `Side.losses`."""
+        return self._measured(lambda: self._side.losses(logits, router_logits, batch))
+
+    def _measured(self, call: Callable[[], T]) -> T:
+        start = time.perf_counter()
+        found = call()
+        self.cost.seconds += time.perf_counter() - start
+        self.cost.peak_bytes = max(self.cost.peak_bytes, _resident_bytes())
+        return found
+
+
+def _resident_bytes() -> int:
+    """Give what the process holds now; where the system does not say, the most it ever held."""
+    statm = Path("/proc/self/statm")
+    if statm.exists():
+        return int(statm.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -1,0 +1,302 @@
+"""The torch side: transformers' own modules, one block at a time, recorded without patching.
+
+The one module of the project that imports torch and transformers.
+"""
+
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+import ml_dtypes
+import numpy as np
+import torch
+import transformers
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers.loss.loss_utils import ForCausalLMLoss
+from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.mixtral import modeling_mixtral as mixtral
+
+from flax_mixtral.config import MixtralConfig
+from parity.trace import Array, Batch, Trace, expert_rows
+
+__all__ = ["Attention", "Experts", "Precision", "TorchSide", "whole_logits"]
+
+Precision = Literal["float32", "bfloat16"]
+Attention = Literal["eager", "sdpa"]
+Experts = Literal["eager", "grouped_mm", "batched_mm"]
+
+RECORDING = "mixtral_parity_recording"
+"""The name under which the recording attention is registered while a block runs."""
+
+transformers.utils.logging.disable_progress_bar()  # mixtral-parity shows its own
+
+OUTPUTS = {
+    "input_layernorm": "input_norm",
+    "self_attn.q_proj": "q",
+    "self_attn.k_proj": "k",
+    "self_attn.v_proj": "v",
+    "self_attn.o_proj": "attn_out",
+    "post_attention_layernorm": "post_attn_norm",
+    "mlp": "moe_out",
+}
+"""The points that are the output of a module of `MixtralDecoderLayer`."""
+
+INPUTS = {
+    "post_attention_layernorm": ("resid_mid",),
+    "mlp.experts": ("expert_inputs", "used_ids", "used_weights"),
+}
+"""What is kept of a module's arguments."""
+
+
+class TorchSide:
+    """A `Side` made of transformers' modules.
+
+    Each block is a `MixtralDecoderLayer` that is built, filled, run and freed; masks, rotary embedding and heads are
+    transformers' too. The walk equals the whole model bit for bit.
+
+    Args:
+        config: the model.
+        raw_config: its config.json, for transformers' own reader.
+        weights: a lazy mapping from Hugging Face's fused names to arrays.
+        dtype: what weights are cast to, and what the arrays of a trace have.
+        attention: transformers' attention implementation.
+        experts: transformers' experts implementation.
+        threads: torch's number of threads while the side runs; None leaves it.
+    """
+
+    name = "torch"
+
+    def __init__(
+        self,
+        config: MixtralConfig,
+        raw_config: Mapping[str, Any],
+        weights: Mapping[str, Array],
+        *,
+        dtype: Precision = "float32",
+        attention: Attention = "eager",
+        experts: Experts = "grouped_mm",
+        threads: int | None = None,
+    ) -> None:
+        self.config = config
+        self.threads = threads
+        self._weights = weights
+        self._dtype: torch.dtype = getattr(torch, dtype)
+        self._prefix = "" if config.architecture == "MixtralModel" else "model."
+        self._hf_config = transformers.MixtralConfig.from_dict(dict(raw_config))
+        self._hf_config._attn_implementation = attention
+        self._hf_config._experts_implementation = experts
+
+    def embed(self, batch: Batch) -> Array:
+        """Look the tokens up: [B, T, D]."""
+        with _running(self.threads):
+            embedding_VD = self._weight(f"{self._prefix}embed_tokens.weight")
+            return _numpy(functional.embedding(_inputs(batch)["input_ids"], embedding_VD))
+
+    def block(self, layer: int, x_BTD: Array, batch: Batch, routing: Array | None = None) -> Trace:
+        """Run one decoder block and record its points.
+
+        `router_weights` belong to `router_ids`, or to `routing` where that is given.
+        """
+        with _running(self.threads):
+            config = copy.deepcopy(self._hf_config)
+            config._attn_implementation = RECORDING
+            with torch.device("meta"):
+                module = mixtral.MixtralDecoderLayer(config, layer)
+            self._fill(module, f"{self._prefix}layers.{layer}.")
+            x, inputs = _tensor(x_BTD).to(self._dtype), _inputs(batch)
+            positions = inputs["position_ids"]
+            rotary = mixtral.MixtralRotaryEmbedding(self._hf_config)  # a new one: dynamic rope remembers long batches
+            seen: dict[str, Tensor] = {}
+            _record(module, seen, routing)
+            with _recording_attention(self._hf_config._attn_implementation, seen):
+                seen["resid_out"] = module(
+                    x,
+                    attention_mask=self._mask(x, inputs["attention_mask"], positions),
+                    position_ids=positions,
+                    position_embeddings=rotary(x, position_ids=positions),
+                    use_cache=False,
+                )
+            return self._trace(module, seen, batch)
+
+    def head(self, x_BTD: Array, batch: Batch) -> Trace:
+        """Apply final norm and head: the architecture's own model, with no layers and `x_BTD` for an embedding."""
+        with _running(self.threads):
+            config = copy.deepcopy(self._hf_config)
+            config.num_hidden_layers = 0
+            with torch.device("meta"):
+                model = getattr(transformers, self.config.architecture)(config)
+            base = model if self.config.architecture == "MixtralModel" else model.model
+            base.embed_tokens = nn.Identity()
+            base.embed_tokens.register_forward_hook(lambda module, args, output: _tensor(x_BTD).to(self._dtype))
+            base.rotary_emb = mixtral.MixtralRotaryEmbedding(self._hf_config)
+            self._fill(model, "")
+            final: list[Tensor] = []
+            base.norm.register_forward_hook(lambda module, args, output: final.append(output))
+            logits = _logits(model(**_inputs(batch)))
+            bare = {"final_norm": _numpy(final[0])}
+            return Trace(bare if base is model else {**bare, "logits": _numpy(logits)})
+
+    def losses(self, logits: Array, router_logits: Sequence[Array], batch: Batch) -> Trace:
+        """Compute `loss` (without the auxiliary term) and `aux_loss`, both [], in transformers' own functions."""
+        with _running(self.threads):
+            inputs = _inputs(batch)
+            labels, mask = inputs["input_ids"], inputs["attention_mask"]
+            if mask is not None:
+                labels = labels.masked_fill(mask == 0, -100)
+            loss = ForCausalLMLoss(_tensor(logits), labels, self.config.vocab_size)
+            router: Any = tuple(_tensor(logits_ME) for logits_ME in router_logits)
+            E, A = self.config.num_local_experts, self.config.num_experts_per_tok
+            aux_loss = mixtral.load_balancing_loss_func(router, E, A, mask)
+            return Trace({"loss": _numpy(loss), "aux_loss": _numpy(torch.as_tensor(aux_loss))})
+
+    def _mask(self, x_BTD: Tensor, padding: Tensor | None, positions: Tensor) -> Any:
+        """Create the mask as `MixtralModel.forward` does."""
+        windowed = self._hf_config.sliding_window is not None
+        create = create_sliding_window_causal_mask if windowed else create_causal_mask
+        return create(self._hf_config, x_BTD, padding, past_key_values=None, position_ids=positions)
+
+    def _trace(self, module: nn.Module, seen: dict[str, Tensor], batch: Batch) -> Trace:
+        """Bring what was seen into the points' shapes, and run each expert as `MixtralExperts.forward` does."""
+        expert_inputs, used_ids, _ = (seen.pop(name) for name in INPUTS["mlp.experts"])
+        trace = Trace()
+        for point, tensor in seen.items():
+            by_head = point in ("q", "k", "v")
+            trace.arrays[point] = _numpy(tensor.unflatten(-1, (-1, self.config.head_dim)) if by_head else tensor)
+        trace.rows = dict(enumerate(expert_rows(_numpy(used_ids), batch, self.config.num_local_experts)))
+        experts: Any = module.get_submodule("mlp.experts")
+        for expert, rows in trace.rows.items():
+            gate_RF, up_RF = functional.linear(expert_inputs[_tensor(rows)], experts.gate_up_proj[expert]).chunk(2, -1)
+            act_RF = experts.act_fn(gate_RF) * up_RF
+            down_RD = functional.linear(act_RF, experts.down_proj[expert])
+            for point, tensor in (("gate", gate_RF), ("up", up_RF), ("act", act_RF), ("down", down_RD)):
+                trace.arrays[f"expert.{expert}.{point}"] = _numpy(tensor)
+        return trace
+
+    def _fill(self, module: nn.Module, prefix: str) -> None:
+        """Load every parameter of a module that was built without memory."""
+        names = {name: prefix + name for name in module.state_dict()}
+        if self.config.tie_word_embeddings and "lm_head.weight" in names:
+            names["lm_head.weight"] = "model.embed_tokens.weight"
+        state = {name: self._weight(source) for name, source in names.items()}
+        module.load_state_dict(state, strict=True, assign=True)
+        module.eval()
+
+    def _weight(self, name: str) -> Tensor:
+        return _tensor(self._weights[name]).to(self._dtype)
+
+
+def whole_logits(path: Path, batch: Batch, dtype: Precision, attention: Attention, experts: Experts) -> Array:
+    """Run a checkpoint as a user of transformers does: loaded whole by its own `from_pretrained`.
+
+    Args:
+        path: a checkpoint's directory.
+        batch: what it is run on; without a cache, since transformers detects packed sequences only then.
+        dtype: what the weights are loaded as.
+        attention: transformers' attention implementation; experts likewise.
+
+    Returns:
+        The architecture's `logits`, or the final hidden state of the bare model.
+    """
+    config = transformers.MixtralConfig.from_pretrained(path)
+    (architecture,) = config.architectures or ["MixtralForCausalLM"]
+    with _running(None):
+        model = getattr(transformers, architecture).from_pretrained(
+            path, dtype=getattr(torch, dtype), attn_implementation=attention, experts_implementation=experts
+        )
+        return _numpy(_logits(model.eval()(**_inputs(batch))))
+
+
+@contextmanager
+def _running(threads: int | None) -> Iterator[None]:
+    """Switch gradients off and set torch's threads, for a while."""
+    before = torch.get_num_threads()
+    try:
+        if threads is not None:
+            torch.set_num_threads(threads)
+        with torch.no_grad():
+            yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _record(layer: nn.Module, seen: dict[str, Tensor], routing: Array | None) -> None:
+    """Attach the hooks that keep what a block computes; they go with the block."""
+    for path, point in OUTPUTS.items():
+        layer.get_submodule(path).register_forward_hook(
+            lambda module, args, output, point=point: seen.update({point: output})
+        )
+    for path, points in INPUTS.items():
+        layer.get_submodule(path).register_forward_pre_hook(
+            lambda module, args, points=points: seen.update(zip(points, args, strict=True))
+        )
+    layer.get_submodule("mlp.gate").register_forward_hook(lambda module, args, output: _route(output, seen, routing))
+
+
+@contextmanager
+def _recording_attention(attention: str, seen: dict[str, Tensor]) -> Iterator[None]:
+    """Register an attention that keeps what goes in and out and leaves the arithmetic to transformers' own."""
+    delegate = ALL_ATTENTION_FUNCTIONS.get_interface(attention, mixtral.eager_attention_forward)
+
+    def record(module: nn.Module, query: Tensor, key: Tensor, *args: Any, **kwargs: Any) -> Any:
+        context, weights = delegate(module, query, key, *args, **kwargs)
+        seen.update(q_rot=query.transpose(1, 2), k_rot=key.transpose(1, 2), attn_context=context)
+        return context, weights
+
+    ALL_ATTENTION_FUNCTIONS[RECORDING] = record
+    try:
+        yield
+    finally:
+        del ALL_ATTENTION_FUNCTIONS[RECORDING]
+
+
+def _route(output: tuple[Tensor, Tensor, Tensor], seen: dict[str, Tensor], routing: Array | None) -> Any:
+    """Record the router's own choice, and replace it where another one is forced."""
+    logits_ME, weights_MA, ids_MA = output
+    probs_ME = functional.softmax(logits_ME.float(), dim=-1)
+    used_MA = ids_MA
+    if routing is not None:
+        used_MA = _tensor(routing)
+        weights_MA = probs_ME.gather(-1, used_MA)
+        weights_MA = weights_MA / weights_MA.sum(dim=-1, keepdim=True)
+    seen.update(router_logits=logits_ME, router_probs=probs_ME, router_ids=ids_MA, router_weights=weights_MA)
+    return logits_ME, weights_MA, used_MA
+
+
+def _inputs(batch: Batch) -> dict[str, Any]:
+    """Give a batch the names of transformers' forward; the positions that it takes by itself are one row for all."""
+    mask, positions = batch.attention_mask, batch.position_ids
+    if positions is None:
+        positions = np.arange(batch.input_ids.shape[1])[None]
+    return {
+        "input_ids": _tensor(batch.input_ids),
+        "attention_mask": None if mask is None else _tensor(mask),
+        "position_ids": _tensor(positions),
+        "use_cache": False,
+    }
+
+
+def _logits(output: Any) -> Tensor:
+    if hasattr(output, "start_logits"):
+        return torch.stack([output.start_logits, output.end_logits], dim=-1)
+    logits: Tensor = output.logits if hasattr(output, "logits") else output.last_hidden_state
+    return logits
+
+
+def _tensor(array: Array) -> Tensor:
+    """Copy an array, whose memory may be a read-only file, into a tensor; bfloat16 by its bits."""
+    array = np.array(array, order="C")
+    if array.dtype == ml_dtypes.bfloat16:
+        return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
+    return torch.from_numpy(array)
+
+
+def _numpy(tensor: Tensor) -> Array:
+    """Give a tensor as an array; bfloat16 by its bits."""
+    tensor = tensor.contiguous()
+    if tensor.dtype == torch.bfloat16:
+        return tensor.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
+    return tensor.numpy()

@@ -1,0 +1,171 @@
+"""The verdict on one comparison point: pass, fail, or unchecked. What is not there, or not finite, never passes."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from parity.metrics import UNIT_ROUNDOFF, margin
+from parity.points import Point
+from parity.trace import Array
+
+__all__ = ["MARGIN_LIMIT", "Finding", "Mode", "Place", "Verdict", "judge", "judge_equal", "overall"]
+
+Verdict = Literal["pass", "fail", "unchecked"]
+Mode = Literal["local", "propagated", "reference", "whole"]
+
+MARGIN_LIMIT = {"float32": 10.0, "bfloat16": 4.0}
+"""The largest margin that passes. In float32 55 benign variants reach 3.71 and 189 of 195 planted faults lie at 34.8 or
+above, on small random models; any limit from 4 to 30 separates them and 10 is the middle."""
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """The verdict on one point of one layer in one batch and mode.
+
+    Args:
+        layer: 0-based; None before the first and after the last block.
+        point: its name in the traces.
+        mode: how Flax came by its input: torch's own (local), its own stream (propagated), or the model as users run
+            it (whole). In mode reference it is torch itself, run as users run it, against its own walk.
+        batch: the batch's name.
+        verdict: pass, fail or unchecked.
+        margin: Flax's error over torch's, None where there is none to compute.
+        statistic: the statistic in which the margin is largest.
+        torch_error: relative RMS error of torch.
+        flax_error: relative RMS error of Flax.
+        forced: whether Flax was given torch's routing here, since its own differed.
+        reason: why it failed or could not be checked, in words.
+    """
+
+    layer: int | None
+    point: str
+    mode: Mode
+    batch: str
+    verdict: Verdict
+    margin: float | None = None
+    statistic: str | None = None
+    torch_error: float | None = None
+    flax_error: float | None = None
+    forced: bool = False
+    reason: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a comparison stands; the part of a finding that is known before it is judged."""
+
+    layer: int | None
+    mode: Mode
+    batch: str
+    forced: bool = False
+
+    def finding(self, point: str, verdict: Verdict, reason: str | None = None) -> Finding:
+        """Make a finding without numbers."""
+        return Finding(self.layer, point, self.mode, self.batch, verdict, forced=self.forced, reason=reason)
+
+
+def judge(
+    name: str,
+    point: Point,
+    place: Place,
+    torch: Array | None,
+    flax: Array | None,
+    exact: Array | None,
+    *,
+    dtype: str,
+    rows: Array | None = None,
+) -> Finding:
+    """Judge one point by the margin of Flax's error over torch's.
+
+    Args:
+        name: the point's name in the traces.
+        point: its row of the table.
+        place: where it stands.
+        torch: torch's array; None where it has none, as for the other two.
+        flax: Flax's array.
+        exact: the oracle's array for the same input.
+        dtype: what both sides compute in.
+        rows: [R] bool or indices of the rows to compare (the real tokens); None for all.
+    """
+    if (reason := _incomparable(torch, flax, exact)) is not None:
+        return place.finding(name, *reason)
+    assert torch is not None and flax is not None and exact is not None
+    torch_RC, flax_RC, exact_RC = (_rows(x, point.axes, rows) for x in (torch, flax, exact.astype(np.float64)))
+    if torch_RC.size == 0:
+        return place.finding(name, "unchecked", "empty: no row to compare")
+    found = margin(torch_RC, flax_RC, exact_RC, UNIT_ROUNDOFF[dtype])
+    limit = MARGIN_LIMIT[dtype]
+    passed = found.value <= limit  # not a number is no pass
+    reason_text = None
+    if not passed:
+        reason_text = (
+            f"{found.statistic}: Flax is {found.value:.3g} x as far from the exact answer as torch; limit {limit:g}"
+        )
+    return Finding(
+        place.layer,
+        name,
+        place.mode,
+        place.batch,
+        "pass" if passed else "fail",
+        found.value,
+        found.statistic,
+        found.torch_error,
+        found.flax_error,
+        place.forced,
+        reason_text,
+    )
+
+
+def judge_equal(name: str, place: Place, torch: Array | None, flax: Array | None) -> Finding:
+    """Judge a point without arithmetic: the arrays must be equal."""
+    if (reason := _incomparable(torch, flax, torch)) is not None:
+        return place.finding(name, *reason)
+    assert torch is not None and flax is not None
+    differing = int((torch != flax).sum())
+    if differing:
+        return place.finding(name, "fail", f"{differing} of {torch.size} elements differ; they must be equal")
+    return place.finding(name, "pass")
+
+
+def overall(findings: Sequence[Finding]) -> Verdict:
+    """Sum up: fail if anything failed, unchecked if anything could not be checked or nothing was, else pass."""
+    verdicts = {finding.verdict for finding in findings}
+    if "fail" in verdicts:
+        return "fail"
+    return "pass" if verdicts == {"pass"} else "unchecked"
+
+
+def _incomparable(torch: Array | None, flax: Array | None, exact: Array | None) -> tuple[Verdict, str] | None:
+    """Say why two arrays cannot be compared, or None where they can."""
+    missing = [side for side, array in (("torch", torch), ("flax", flax), ("oracle", exact)) if array is None]
+    if torch is None or flax is None or exact is None:
+        return "unchecked", f"missing from {' and '.join(missing)}"
+    if not torch.shape == flax.shape == exact.shape:
+        return "fail", f"shapes differ: torch {torch.shape}, flax {flax.shape}, oracle {exact.shape}"
+    if torch.dtype != flax.dtype:
+        return "fail", f"dtypes differ: torch {torch.dtype}, flax {flax.dtype}"
+    if torch.size == 0:
+        return "unchecked", "empty"
+    for side, array in (("torch", torch), ("oracle", exact)):
+        if not _finite(array):
+            return "unchecked", f"{side}'s array is not finite: there is nothing to compare with"
+    if not _finite(flax):
+        bad = int((~np.isfinite(flax.astype(np.float64))).sum())
+        return "fail", f"{bad} of {flax.size} elements of Flax are not finite"
+    return None
+
+
+def _finite(array: Array) -> bool:
+    return bool(np.isfinite(array.astype(np.float64)).all())
+
+
+def _rows(array: Array, axes: str, rows: Array | None) -> Array:
+    """View an array as [rows, channels] by its axes, and keep the rows asked for."""
+    letters = axes.split()
+    if letters[:2] == ["B", "T"]:
+        flat = array.reshape(array.shape[0] * array.shape[1], -1)
+    else:
+        flat = array.reshape(array.shape[0] if array.ndim else 1, -1)
+    return flat if rows is None else flat[rows]

@@ -1,0 +1,242 @@
+"""The walk: every block of every side, side by side, on torch's input (local) and on its own (propagated)."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from flax_mixtral.config import MixtralConfig
+from parity.points import POINTS, Point, block_points, head_points
+from parity.router import LayerRouting, compare_routing, dense_weights
+from parity.sides import Side
+from parity.trace import Array, Batch, Trace
+from parity.verdict import Finding, Mode, Place, judge, judge_equal
+
+__all__ = ["Sides", "Walk"]
+
+Advance = Callable[[str], None]
+
+BY_NAME = {point.name: point for point in POINTS}
+BEFORE_ROUTING = frozenset(point.name for point in POINTS[: POINTS.index(BY_NAME["router_weights"])])
+"""The points that a forced routing does not touch."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sides:
+    """The three implementations of one comparison."""
+
+    torch: Side
+    flax: Side
+    oracle: Side
+
+
+@dataclass(slots=True)
+class Stream:
+    """One batch on its way through the model."""
+
+    batch: Batch
+    torch_BTD: Array
+    flax_BTD: Array
+    oracle_BTD: Array
+    flipped_M: Array
+    """Tokens that any layer so far routed differently in the propagated stream."""
+    router_logits: dict[str, list[Array]] = field(default_factory=lambda: {"torch": [], "flax": [], "oracle": []})
+    torch_logits: Array | None = None
+    oracle_logits: Array | None = None
+
+    @property
+    def clean_M(self) -> Array:
+        """Real tokens that no flip can have touched: none flipped up to them in their row."""
+        flipped_BT = np.logical_or.accumulate(self.flipped_M.reshape(self.batch.input_ids.shape), axis=1)
+        clean: Array = self.batch.real_M & ~flipped_BT.reshape(-1)
+        return clean
+
+
+@dataclass(frozen=True, slots=True)
+class Compared:
+    """The traces of one block in one mode (torch, Flax, oracle), and how they routed."""
+
+    traces: tuple[Trace, Trace, Trace]
+    routing: LayerRouting | None
+    """None where a side does not say how it routed."""
+
+
+class Walk:
+    """The loop over blocks; one block of each side is in memory at a time.
+
+    Args:
+        config: the model's.
+        sides: torch, Flax and the oracle on the same weights.
+        batches: what they are fed.
+        dtype: what torch and Flax compute in.
+        advance: called before each step with what it is, for a progress bar.
+    """
+
+    def __init__(
+        self,
+        config: MixtralConfig,
+        sides: Sides,
+        batches: Sequence[Batch],
+        *,
+        dtype: str,
+        advance: Advance = lambda step: None,
+    ):
+        self.config = config
+        self.sides = sides
+        self.batches = batches
+        self.dtype = dtype
+        self.advance = advance
+        self.routing: dict[tuple[int, Mode, str], LayerRouting] = {}
+        self.streams: list[Stream] = []
+
+    @property
+    def steps(self) -> int:
+        """How often `advance` will be called."""
+        return self.config.num_hidden_layers + 2
+
+    def run(self) -> Iterator[Finding]:
+        """Walk the model from embedding to losses and give the findings in that order."""
+        self.advance("embedding")
+        for batch in self.batches:
+            yield from self._embed(batch)
+        for layer in range(self.config.num_hidden_layers):
+            self.advance(f"block {layer}")
+            for stream in self.streams:
+                yield from self._block(layer, stream)
+        self.advance("head")
+        for stream in self.streams:
+            yield from self._head(stream)
+
+    def _embed(self, batch: Batch) -> Iterator[Finding]:
+        torch_BTD, flax_BTD = self.sides.torch.embed(batch), self.sides.flax.embed(batch)
+        exact_BTD = self.sides.oracle.embed(batch)
+        self.streams.append(Stream(batch, torch_BTD, flax_BTD, exact_BTD, np.zeros(batch.input_ids.size, bool)))
+        yield judge_equal("embed", Place(None, "local", batch.name), torch_BTD, flax_BTD)
+
+    def _block(self, layer: int, stream: Stream) -> Iterator[Finding]:
+        batch = stream.batch
+        torch = self._with_lens(self.sides.torch, self.sides.torch.block(layer, stream.torch_BTD, batch), batch)
+        local = self._beside(torch, layer, "local", batch, stream.torch_BTD, stream.torch_BTD)
+        yield from self._judge_block(layer, "local", batch, local)
+        own = self._beside(torch, layer, "propagated", batch, stream.flax_BTD, stream.oracle_BTD)
+        yield from self._judge_block(layer, "propagated", batch, own)
+        stream.torch_BTD, stream.flax_BTD, stream.oracle_BTD = (trace["resid_out"] for trace in own.traces)
+        if own.routing is not None:
+            stream.flipped_M[[flip.token for flip in own.routing.flips]] = True
+        for side, trace in zip(("torch", "flax", "oracle"), own.traces, strict=True):
+            stream.router_logits[side].append(trace["router_logits"])
+
+    def _beside(
+        self, torch: Trace, layer: int, mode: Mode, batch: Batch, flax_BTD: Array, oracle_BTD: Array
+    ) -> Compared:
+        """Run Flax and the oracle beside torch's trace; where Flax routes otherwise, once more with torch's experts."""
+        oracle = self.sides.oracle.block(layer, oracle_BTD, batch, torch["router_ids"])
+        flax = self.sides.flax.block(layer, flax_BTD, batch)
+        routing = self._compare_routing(layer, mode, batch, (torch, flax, oracle))
+        if routing is not None and routing.flips:
+            free = flax
+            flax = self.sides.flax.block(layer, flax_BTD, batch, torch["router_ids"])
+            flax.arrays.update({name: array for name, array in free.arrays.items() if name in BEFORE_ROUTING})
+        self._with_lens(self.sides.oracle, oracle, batch)
+        self._with_lens(self.sides.flax, flax, batch)
+        return Compared((torch, flax, oracle), routing)
+
+    def _compare_routing(
+        self, layer: int, mode: Mode, batch: Batch, traces: tuple[Trace, Trace, Trace]
+    ) -> LayerRouting | None:
+        """Compare routing and keep the comparison; None where a side does not say how it routed."""
+        if any(name not in trace.arrays for trace in traces for name in ("router_ids", "router_logits")):
+            return None
+        routing = compare_routing(*traces, batch)
+        self.routing[layer, mode, batch.name] = routing
+        return routing
+
+    def _with_lens(self, side: Side, trace: Trace, batch: Batch) -> Trace:
+        head = side.head(trace["resid_out"], batch)
+        if "logits" in head.arrays:
+            trace.arrays["lens"] = head["logits"]
+        return trace
+
+    def _judge_block(self, layer: int, mode: Mode, batch: Batch, compared: Compared) -> Iterator[Finding]:
+        traces, routing = compared.traces, compared.routing
+        forced = routing is not None and bool(routing.flips)
+        for name, point in block_points(self.config):
+            place = Place(layer, mode, batch.name, forced and name not in BEFORE_ROUTING)
+            if point.kind == "ids":
+                yield _judge_routing(name, place, routing)
+            elif name == "router_weights" and routing is not None:
+                yield self._judge_weights(point, place, traces, batch, forced)
+            elif point.place == "expert" and not _same_rows(name, traces):
+                yield place.finding(name, "fail", "the sides recorded this expert on different tokens")
+            else:
+                arrays = (trace.arrays.get(name) for trace in traces)
+                yield judge(name, point, place, *arrays, dtype=self.dtype, rows=_real_rows(point, batch))
+
+    def _judge_weights(
+        self, point: Point, place: Place, traces: tuple[Trace, Trace, Trace], batch: Batch, forced: bool
+    ) -> Finding:
+        """Compare routing weights expert by expert: the order of a token's experts is no difference."""
+        torch, flax, oracle = traces
+        torch_ids_MA = torch["router_ids"]
+        flax_ids_MA = torch_ids_MA if forced else flax["router_ids"]
+        dense = (
+            dense_weights(ids_MA, trace.arrays.get("router_weights"), self.config.num_local_experts)
+            for ids_MA, trace in ((torch_ids_MA, torch), (flax_ids_MA, flax), (torch_ids_MA, oracle))
+        )
+        return judge("router_weights", point, place, *dense, dtype=self.dtype, rows=batch.real_M)
+
+    def _head(self, stream: Stream) -> Iterator[Finding]:
+        torch = self.sides.torch.head(stream.torch_BTD, stream.batch)
+        stream.torch_logits = torch.arrays.get("logits")
+        streams: tuple[tuple[Mode, Array, Array], ...] = (
+            ("local", stream.torch_BTD, stream.torch_BTD),
+            ("propagated", stream.flax_BTD, stream.oracle_BTD),
+        )
+        for mode, flax_BTD, oracle_BTD in streams:
+            flax = self.sides.flax.head(flax_BTD, stream.batch)
+            oracle = self.sides.oracle.head(oracle_BTD, stream.batch)
+            stream.oracle_logits = oracle.arrays.get("logits")  # of the propagated stream, which comes last
+            if self.config.architecture == "MixtralForCausalLM":
+                self._add_losses(stream, mode, torch, flax, oracle)
+            for name, point in head_points(self.config):
+                arrays = (trace.arrays.get(name) for trace in (torch, flax, oracle))
+                place = Place(None, mode, stream.batch.name)
+                yield judge(name, point, place, *arrays, dtype=self.dtype, rows=_real_rows(point, stream.batch))
+
+    def _add_losses(self, stream: Stream, mode: Mode, torch: Trace, flax: Trace, oracle: Trace) -> None:
+        for side, trace in ((self.sides.torch, torch), (self.sides.flax, flax), (self.sides.oracle, oracle)):
+            own = "torch" if mode == "local" else side.name
+            logits = torch["logits"] if mode == "local" else trace["logits"]
+            trace.arrays.update(side.losses(logits, stream.router_logits[own], stream.batch).arrays)
+
+
+def _judge_routing(name: str, place: Place, routing: LayerRouting | None) -> Finding:
+    if routing is None:
+        return place.finding(name, "unchecked", "a side does not give router_ids and router_logits")
+    if routing.tokens == 0:
+        return place.finding(name, "unchecked", "empty: no real token")
+    unexcused = [flip for flip in routing.flips if not flip.excused]
+    if unexcused:
+        worst = max(unexcused, key=lambda flip: flip.margin / max(flip.logit_error, 1e-300))
+        return place.finding(
+            name,
+            "fail",
+            f"{len(unexcused)} of {routing.tokens} tokens go to other experts although the router is clear about them; "
+            f"token {worst.token}: torch {worst.torch_ids}, Flax {worst.flax_ids}, margin {worst.margin:.3g} at a "
+            f"logit error of {worst.logit_error:.3g}",
+        )
+    if routing.flips:
+        return place.finding(name, "pass", f"{len(routing.flips)} of {routing.tokens} tokens flipped within rounding")
+    return place.finding(name, "pass")
+
+
+def _real_rows(point: Point, batch: Batch) -> Array | None:
+    """Keep real tokens where rows are tokens; an expert's rows are real already."""
+    return batch.real_M if point.axes.split()[:2] == ["B", "T"] or point.axes.startswith("M") else None
+
+
+def _same_rows(name: str, traces: tuple[Trace, Trace, Trace]) -> bool:
+    """Say whether all traces hold this expert for the same tokens; a trace without it is judged as missing."""
+    expert = int(name.split(".")[1])
+    rows = [trace.rows.get(expert) for trace in traces if name in trace.arrays]
+    return all(row is not None and rows[0] is not None and np.array_equal(row, rows[0]) for row in rows)

@@ -1,0 +1,101 @@
+"""The command mixtral-parity: table, result.json and exit codes, through real processes."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from parity.points import block_points
+from parity.runner import run
+from tests.checkpoints import write_checkpoint
+
+
+def _parity(*arguments: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "parity", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("main") / "torch"
+    write_checkpoint(path, num_hidden_layers=2)
+    return path
+
+
+def test_run_prints_the_verdict_and_writes_result_json(checkpoint: Path, tmp_path: Path) -> None:
+    done = _parity("run", checkpoint, "--suite", "quick", "--report", tmp_path / "report")
+    assert done.returncode == 0, done.stderr
+    assert "verdict: pass, worst margin" in done.stdout
+    assert "\x1b[" not in done.stdout + done.stderr, "no colour and no bar when piped"
+    result = json.loads((tmp_path / "report" / "result.json").read_text())
+    assert result["schema_version"] == 1
+    assert result["verdict"] == "pass"
+    assert result["first_divergence"] is None
+    assert {"causes", "points", "router", "environment", "provenance", "cost"} <= result.keys()
+    assert {"layer", "point", "mode", "margin", "verdict"} <= result["points"][0].keys()
+    assert {"agreement", "flips", "excused", "min_margin"} <= result["router"][0].keys()
+    assert {"seconds", "peak_bytes"} == result["cost"]["torch"].keys()
+    assert result["environment"]["packages"]["torch"] is not None
+
+
+def test_json_goes_to_stdout_alone(checkpoint: Path) -> None:
+    done = _parity("run", checkpoint, "--suite", "quick", "--json")
+    assert json.loads(done.stdout)["verdict"] == "pass"
+
+
+def test_every_point_is_compared_in_every_block(checkpoint: Path) -> None:
+    result = run(checkpoint, inputs="quick")
+    config_points = {"embed", "final_norm", "logits", "loss", "aux_loss"}
+    from convert import Checkpoint
+
+    expected = [name for name, _ in block_points(Checkpoint.open(checkpoint).config)]
+    for layer in (0, 1):
+        for mode in ("local", "propagated"):
+            found = [f.point for f in result.findings if f.layer == layer and f.mode == mode]
+            assert found == expected
+    assert config_points <= {finding.point for finding in result.findings if finding.layer is None}
+    assert {f.mode for f in result.findings if f.point == "logits"} == {"local", "propagated", "reference", "whole"}
+
+
+def test_token_ids_from_a_file(checkpoint: Path, tmp_path: Path) -> None:
+    ids = tmp_path / "ids.json"
+    ids.write_text(json.dumps([[5, 6, 7, 8, 9, 10, 11], [1, 2, 3]]))
+    done = _parity("run", checkpoint, "--input-ids", ids, "--json")
+    assert done.returncode == 0, done.stdout[-2000:]
+    assert json.loads(done.stdout)["provenance"]["inputs"][0]["real_tokens"] == 10
+
+
+@pytest.mark.parametrize("content", ["[[1, 2], [3, 101]]", "{}", "[]", "[1.5]", "not json", "[[]]"])
+def test_token_ids_that_are_none_are_refused(checkpoint: Path, tmp_path: Path, content: str) -> None:
+    ids = tmp_path / "ids.json"
+    ids.write_text(content)
+    done = _parity("run", checkpoint, "--input-ids", ids)
+    assert done.returncode == 3
+    assert "ids.json" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_bad_input_is_one_message(checkpoint: Path, tmp_path: Path) -> None:
+    write_checkpoint(tmp_path / "other", num_hidden_layers=3)
+    for arguments, word in (
+        ((tmp_path / "nothing",), "config.json"),
+        ((checkpoint, tmp_path / "other"), "num_hidden_layers"),
+        ((checkpoint, "--text", "hello"), "tokenizer.json"),
+    ):
+        done = _parity("run", *arguments, "--suite", "quick")
+        assert done.returncode == 3, (arguments, done.stderr)
+        assert word in done.stderr
+        assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("arguments", [("walk",), ("run",), ("run", "x", "--suite", "huge")])
+def test_wrong_usage_is_exit_2(arguments: tuple[str, ...]) -> None:
+    assert _parity(*arguments).returncode == 2
+
+
+def test_help_has_examples() -> None:
+    done = _parity("run", "--help")
+    assert done.returncode == 0
+    assert "mixtral-parity run torch-checkpoint/ flax-checkpoint/" in done.stdout

@@ -1,0 +1,84 @@
+"""What is missing, empty, misshaped, of another dtype or not finite never passes."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from parity.points import Point
+from parity.trace import Array
+from parity.verdict import Finding, Place, Verdict, judge, judge_equal, overall
+
+POINT = Point("attn_out", "block", "B T D", "")
+PLACE = Place(3, "local", "batch")
+EXACT = np.random.default_rng(0).normal(size=(2, 5, 7))
+TORCH = EXACT.astype(np.float32)
+
+
+def _judge(torch: Array | None, flax: Array | None, exact: Array | None, rows: Array | None = None) -> Finding:
+    return judge("attn_out", POINT, PLACE, torch, flax, exact, dtype="float32", rows=rows)
+
+
+def _with(value: float) -> Array:
+    changed = TORCH.copy()
+    changed[1, 2, 3] = value
+    return changed
+
+
+@pytest.mark.parametrize(
+    ("torch", "flax", "exact", "verdict", "word"),
+    [
+        (TORCH, TORCH, EXACT, "pass", ""),
+        (TORCH, _with(9), EXACT, "fail", "limit 10"),
+        (TORCH, None, EXACT, "unchecked", "missing from flax"),
+        (None, TORCH, EXACT, "unchecked", "missing from torch"),
+        (None, None, EXACT, "unchecked", "missing from torch and flax"),
+        (TORCH, TORCH, None, "unchecked", "missing from oracle"),
+        (TORCH[:, :0], TORCH[:, :0], EXACT[:, :0], "unchecked", "empty"),
+        (TORCH, _with(np.nan), EXACT, "fail", "not finite"),
+        (TORCH, _with(np.inf), EXACT, "fail", "not finite"),
+        (_with(np.nan), TORCH, EXACT, "unchecked", "torch's array is not finite"),
+        (_with(np.nan), _with(np.nan), EXACT, "unchecked", "not finite"),
+        (TORCH, TORCH, EXACT * np.nan, "unchecked", "oracle's array is not finite"),
+        (TORCH, TORCH[:1], EXACT, "fail", "shapes differ"),
+        (TORCH, TORCH.transpose(1, 0, 2), EXACT, "fail", "shapes differ"),
+        (TORCH, TORCH.astype(np.float64), EXACT, "fail", "dtypes differ"),
+        (TORCH, TORCH[:, ::-1], EXACT, "fail", "limit 10"),
+    ],
+)
+def test_verdicts(torch: Array | None, flax: Array | None, exact: Array | None, verdict: Verdict, word: str) -> None:
+    finding = _judge(torch, flax, exact)
+    assert finding.verdict == verdict
+    assert word in (finding.reason or "")
+
+
+def test_padding_may_differ_but_must_be_finite() -> None:
+    real = np.ones(10, bool)
+    real[1 * 5 + 2] = False
+    assert _judge(TORCH, _with(9), EXACT, real).verdict == "pass"
+    assert _judge(TORCH, _with(np.nan), EXACT, real).verdict == "fail"
+
+
+def test_no_real_row_is_no_pass() -> None:
+    assert _judge(TORCH, TORCH, EXACT, np.zeros(10, bool)).verdict == "unchecked"
+
+
+def test_points_without_arithmetic_must_be_equal() -> None:
+    assert judge_equal("embed", PLACE, TORCH, TORCH.copy()).verdict == "pass"
+    assert judge_equal("embed", PLACE, TORCH, np.nextafter(TORCH, 9)).verdict == "fail"
+    assert judge_equal("embed", PLACE, TORCH, None).verdict == "unchecked"
+    assert judge_equal("embed", PLACE, TORCH, _with(np.nan)).verdict == "fail"
+
+
+@pytest.mark.parametrize(
+    ("verdicts", "expected"),
+    [
+        ([], "unchecked"),
+        (["pass"], "pass"),
+        (["pass", "unchecked"], "unchecked"),
+        (["unchecked", "fail", "pass"], "fail"),
+    ],
+)
+def test_the_sum_of_verdicts(verdicts: list[Verdict], expected: Verdict) -> None:
+    finding = _judge(TORCH, TORCH, EXACT)
+    assert overall([replace(finding, verdict=verdict) for verdict in verdicts]) == expected
