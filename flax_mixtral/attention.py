@@ -1,5 +1,6 @@
 """Grouped-query attention: the mask, the mixing of values, and the module that holds the four kernels."""
 
+import math
 from typing import NamedTuple
 
 import jax
@@ -10,7 +11,15 @@ from flax_mixtral.config import MixtralConfig
 from flax_mixtral.projection import Projection, project
 from flax_mixtral.rope import Rotary, rotate
 
-__all__ = ["Attention", "AttentionTrace", "attend", "visible_keys"]
+__all__ = [
+    "Attention",
+    "AttentionTrace",
+    "attend",
+    "attention_probs",
+    "attention_scores",
+    "mix_values",
+    "visible_keys",
+]
 
 
 class AttentionTrace(NamedTuple):
@@ -81,17 +90,36 @@ def attend(
 
     Source: transformers 5.23, `eager_attention_forward`.
     """
-    B, T, N, H = q_BTNH.shape
-    K = k_BSKH.shape[2]
-    dtype = q_BTNH.dtype
-    q_BTKGH = q_BTNH.reshape(B, T, K, N // K, H)
-    scores_BKGTS = project("BTKGH,BSKH->BKGTS", q_BTKGH, k_BSKH) * jnp.asarray(H**-0.5, dtype)
-    scores_BKGTS = jnp.where(visible_BTS[:, None, None], scores_BKGTS, jnp.finfo(dtype).min)
-    wide = jnp.promote_types(dtype, jnp.float32)
-    probs_BKGTS = jax.nn.softmax(scores_BKGTS.astype(wide), axis=-1).astype(dtype)
+    probs_BNTS = attention_probs(attention_scores(q_BTNH, k_BSKH), visible_BTS)
     if key is not None and dropout > 0:
-        kept = jax.random.bernoulli(key, 1 - dropout, probs_BKGTS.shape)
-        probs_BKGTS = jnp.where(kept, probs_BKGTS / (1 - dropout), 0).astype(dtype)
+        kept_BNTS = jax.random.bernoulli(key, 1 - dropout, probs_BNTS.shape)
+        probs_BNTS = jnp.where(kept_BNTS, probs_BNTS / (1 - dropout), 0).astype(probs_BNTS.dtype)
+    return mix_values(probs_BNTS, v_BSKH)
+
+
+def attention_scores(q_BTNH: jax.Array, k_BSKH: jax.Array) -> jax.Array:
+    """Multiply every query with every key over sqrt(H): [B, N, T, S] in q's dtype."""
+    B, T, N, H = q_BTNH.shape
+    K, S = k_BSKH.shape[2], k_BSKH.shape[1]
+    q_BTKGH = q_BTNH.reshape(B, T, K, N // K, H)
+    scores_BNTS = project("BTKGH,BSKH->BKGTS", q_BTKGH, k_BSKH).reshape(B, N, T, S)
+    wide = jnp.promote_types(scores_BNTS.dtype, jnp.float32)
+    # Torch multiplies a bfloat16 array by a Python number in float32; 1/sqrt(H) itself is never rounded to bfloat16.
+    return (scores_BNTS.astype(wide) * math.pow(H, -0.5)).astype(q_BTNH.dtype)
+
+
+def attention_probs(scores_BNTS: jax.Array, visible_BTS: jax.Array) -> jax.Array:
+    """Normalise the visible scores in float32; the result has their dtype."""
+    masked_BNTS = jnp.where(visible_BTS[:, None], scores_BNTS, jnp.finfo(scores_BNTS.dtype).min)
+    wide = jnp.promote_types(scores_BNTS.dtype, jnp.float32)
+    return jax.nn.softmax(masked_BNTS.astype(wide), axis=-1).astype(scores_BNTS.dtype)
+
+
+def mix_values(probs_BNTS: jax.Array, v_BSKH: jax.Array) -> jax.Array:
+    """Average the values under each query's probabilities: [B, T, N, H] in their dtype."""
+    B, N, T, S = probs_BNTS.shape
+    K, H = v_BSKH.shape[2:]
+    probs_BKGTS = probs_BNTS.reshape(B, K, N // K, T, S)
     return project("BKGTS,BSKH->BTKGH", probs_BKGTS, v_BSKH).reshape(B, T, N, H)
 
 

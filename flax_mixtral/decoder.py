@@ -12,7 +12,7 @@ from flax_mixtral.moe import MoE
 from flax_mixtral.norm import RMSNorm
 from flax_mixtral.rope import Rotary, rotary
 
-__all__ = ["BlockTrace", "Context", "Decoder", "DecoderBlock", "DecoderTrace", "Embedding", "context_of"]
+__all__ = ["BlockTrace", "Context", "Decoder", "DecoderBlock", "DecoderTrace", "Embedding", "context_of", "look_up"]
 
 
 class Context(NamedTuple):
@@ -64,6 +64,11 @@ def context_of(
     return Context(rotary(config, position_BT, dtype), visible_keys(config, shape_BT, attention_mask, position_ids))
 
 
+def look_up(embedding_VD: jax.Array, input_ids: jax.Array) -> jax.Array:
+    """Give each token its vector: [B, T] to [B, T, D]."""
+    return embedding_VD[input_ids]
+
+
 class Embedding(nnx.Module):
     """Holds one vector per token."""
 
@@ -72,8 +77,8 @@ class Embedding(nnx.Module):
         self.embedding = nnx.Param(init(rngs.params(), (config.vocab_size, config.hidden_size), dtype))
 
     def __call__(self, input_ids: jax.Array) -> jax.Array:
-        """Look tokens up: [B, T] to [B, T, D]."""
-        return self.embedding[...][input_ids]
+        """Look tokens up; see `look_up`."""
+        return look_up(self.embedding[...], input_ids)
 
 
 class DecoderBlock(nnx.Module):

@@ -14,7 +14,21 @@ from flax_mixtral.activations import activate
 from flax_mixtral.config import MixtralConfig
 from flax_mixtral.projection import Projection, project
 
-__all__ = ["ExpertTrace", "Experts", "MoE", "MoETrace", "Routing", "dense_experts", "expert", "jitter", "route"]
+__all__ = [
+    "ExpertTrace",
+    "Experts",
+    "MoE",
+    "MoETrace",
+    "Routing",
+    "choose",
+    "dense_experts",
+    "expert",
+    "jitter",
+    "route",
+    "router_probs",
+    "weigh",
+    "weighted",
+]
 
 
 class Routing(NamedTuple):
@@ -58,12 +72,26 @@ def route(x_MD: jax.Array, kernel_DE: jax.Array, per_token: int, ids_MA: jax.Arr
     Source: transformers 5.23, `MixtralTopKRouter`.
     """
     logits_ME = project("MD,DE->ME", x_MD, kernel_DE)
-    probs_ME = jax.nn.softmax(logits_ME.astype(jnp.promote_types(x_MD.dtype, jnp.float32)), axis=-1)
-    weights_MA, own_ids_MA = jax.lax.top_k(probs_ME, per_token)
-    if ids_MA is not None:
-        weights_MA = jnp.take_along_axis(probs_ME, ids_MA, axis=-1)
-    weights_MA = weights_MA / jnp.sum(weights_MA, axis=-1, keepdims=True)
+    probs_ME = router_probs(logits_ME)
+    own_ids_MA = choose(probs_ME, per_token)
+    weights_MA = weigh(probs_ME, own_ids_MA if ids_MA is None else ids_MA)
     return Routing(logits_ME, probs_ME, own_ids_MA, weights_MA)
+
+
+def router_probs(logits_ME: jax.Array) -> jax.Array:
+    """Normalise the logits over all experts, in float32."""
+    return jax.nn.softmax(logits_ME.astype(jnp.promote_types(logits_ME.dtype, jnp.float32)), axis=-1)
+
+
+def choose(probs_ME: jax.Array, per_token: int) -> jax.Array:
+    """Take each token's most probable experts, [M, A]; the lowest goes first among equals."""
+    return jax.lax.top_k(probs_ME, per_token)[1]
+
+
+def weigh(probs_ME: jax.Array, ids_MA: jax.Array) -> jax.Array:
+    """Renormalise the chosen experts' probabilities to sum 1: [M, A] in float32."""
+    chosen_MA = jnp.take_along_axis(probs_ME, ids_MA, axis=-1)
+    return chosen_MA / jnp.sum(chosen_MA, axis=-1, keepdims=True)
 
 
 def expert(x_RD: jax.Array, gate_DF: jax.Array, up_DF: jax.Array, down_FD: jax.Array, hidden_act: str) -> ExpertTrace:
@@ -111,14 +139,19 @@ def dense_experts(
     def add_expert(sum_MD: jax.Array, row: tuple[jax.Array, ...]) -> tuple[jax.Array, None]:
         number, gate_DF, up_DF, down_FD = row
         hit_MA = ids_MA == number
-        weight_M1 = jnp.sum(jnp.where(hit_MA, weights_MA, 0), axis=-1, keepdims=True)
-        out_MD = expert(x_MD, gate_DF, up_DF, down_FD, hidden_act).down_RD * weight_M1
-        return sum_MD + jnp.where(hit_MA.any(axis=-1, keepdims=True), out_MD, 0), None
+        weight_M = jnp.sum(jnp.where(hit_MA, weights_MA, 0), axis=-1)
+        weighted_MD = weighted(expert(x_MD, gate_DF, up_DF, down_FD, hidden_act).down_RD, weight_M)
+        return sum_MD + jnp.where(hit_MA.any(axis=-1, keepdims=True), weighted_MD, 0), None
 
     numbers_E = jnp.arange(kernels[0].shape[0])
     start_MD = jnp.zeros(x_MD.shape, weights_MA.dtype)
     sum_MD, _ = jax.lax.scan(add_expert, start_MD, (numbers_E, *kernels))
     return sum_MD.astype(x_MD.dtype)
+
+
+def weighted(down_RD: jax.Array, weights_R: jax.Array) -> jax.Array:
+    """Scale an expert's outputs by their routing weights: in float32, to be summed over experts and then cast once."""
+    return down_RD * weights_R[:, None]
 
 
 def jitter(x_BTD: jax.Array, noise: float, key: jax.Array | None) -> jax.Array:

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from flax_mixtral.arrays import arrays_of, fill
+from flax_mixtral.arrays import Mould, arrays_of
 from flax_mixtral.config import MixtralConfig
 
 __all__ = ["load", "save"]
@@ -31,7 +31,7 @@ def load(build: Build[Built], path: str | Path, dtype: jnp.dtype | None) -> Buil
     if dtype is None and len(found) > 1:
         raise BadInput(f"{path} holds parameters of {' and '.join(found)}; name one for all with dtype=")
     arrays = {name: jnp.asarray(view[name], dtype) for name in view}
-    return fill(lambda rngs: build(checkpoint.config, rngs), arrays)
+    return Mould(lambda rngs: build(checkpoint.config, rngs)).fill(arrays)
 
 
 def save(module: nnx.Module, config: MixtralConfig, path: str | Path) -> None:

@@ -1,154 +1,306 @@
-"""Known faults of real ports, each planted into one layer of the Flax side: the proof that the harness finds them.
+"""Known faults of real ports, one row each: what they change, and which point must show them first.
 
-A fault is one row: what it changes (weights, configuration or one function), and the point that must show it first.
+Slugs and order are those of the catalogue in docs/diagnosing.md.
 """
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
-from typing import Any
-from unittest import mock
+from collections.abc import Callable
+from dataclasses import replace
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
-from flax_mixtral import attention, moe
+from flax_mixtral import attention, moe, norm, projection, rope
 from flax_mixtral.config import MixtralConfig
-from flax_mixtral.decoder import BlockTrace
-from flax_mixtral.moe import Routing, route
-from flax_mixtral.projection import project
-from flax_mixtral.rope import Rotary
-from parity.sides import Side
-from parity.sides.flax import FlaxSide, run_block
+from flax_mixtral.decoder import DecoderBlock
+from parity import faulty_ops as wrong
+from parity.metrics import Precision
+from parity.planting import Fault, Weights, planted
+from parity.sides import flax_operations
 from parity.trace import Array, Batch, Trace
 
 __all__ = ["FAULTS", "Fault", "planted"]
 
-Weights = Mapping[str, Array]
+F32: tuple[Precision, ...] = ("float32",)
+BF16: tuple[Precision, ...] = ("bfloat16",)
 
 
-def _same_weights(weights: Weights, leaf: str) -> Array:
-    return weights[leaf]
+def _exchanged(one: str, other: str) -> dict[str, str]:
+    return {one: other, other: one}
 
 
-@dataclass(frozen=True, slots=True)
-class Fault:
-    """One fault.
+def _swap(names: dict[str, str]) -> Callable[[MixtralConfig, Weights, str], Array]:
+    """Give the leaf that has the other name in its path."""
 
-    Args:
-        slug: its name in the catalogue.
-        point: the comparison point that shows it first, in the layer where it is planted.
-        weights: gives a leaf as the fault has it, from all leaves and the leaf's path.
-        config: changes the configuration.
-        patch: replaces a function while the layer runs.
-    """
+    def weights(config: MixtralConfig, weights: Weights, leaf: str) -> Array:
+        parts = leaf.split(".")
+        return weights[".".join(names.get(part, part) for part in parts)]
 
-    slug: str
-    point: str
-    weights: Callable[[Weights, str], Array] = _same_weights
-    config: Callable[[MixtralConfig], MixtralConfig] = lambda config: config
-    patch: Callable[[], AbstractContextManager[object]] = nullcontext
+    return weights
 
 
-def planted(fault: Fault, layer: int) -> Callable[[MixtralConfig, Weights], Side]:
-    """Give a factory of Flax sides that have the fault in one layer."""
-    return lambda config, weights: _PlantedSide(fault, layer, config, weights)
+def _transposed(config: MixtralConfig, weights: Weights, leaf: str) -> Array:
+    kernel = weights[leaf]
+    if not leaf.endswith("attention.q.kernel"):
+        return kernel
+    return np.ascontiguousarray(kernel.reshape(len(kernel), -1).T).reshape(kernel.shape)
 
 
-def _gate_and_up_swapped(weights: Weights, leaf: str) -> Array:
-    swap = {"gate": "up", "up": "gate"}
-    stem, _, last = leaf.rpartition(".")
-    return weights[f"{stem}.{swap[last]}"] if ".experts." in leaf and last in swap else weights[leaf]
+def _interleaved(config: MixtralConfig, weights: Weights, leaf: str) -> Array:
+    kernel = weights[leaf]
+    if not leaf.endswith(("attention.q.kernel", "attention.k.kernel")):
+        return kernel
+    halves = kernel.reshape(*kernel.shape[:2], 2, -1)
+    return np.ascontiguousarray(halves.swapaxes(-1, -2)).reshape(kernel.shape)
 
 
-def _experts_rolled(weights: Weights, leaf: str) -> Array:
-    return np.roll(weights[leaf], 1, axis=0) if ".experts." in leaf else weights[leaf]
+def _sorted_as_strings(config: MixtralConfig, weights: Weights, leaf: str) -> Array:
+    parts = leaf.split(".")
+    if "layers" not in parts:
+        return weights[leaf]
+    at = parts.index("layers") + 1
+    parts[at] = sorted(map(str, range(config.num_hidden_layers)))[int(parts[at])]
+    return weights[".".join(parts)]
 
 
-def _rotate_neighbours(x_BTNH: jax.Array, rotation: Rotary) -> jax.Array:
-    """Pair lanes 2p and 2p + 1, as the paper and Mistral's own code do."""
-    pairs_BTN1P = rotation.cos_BTH.shape[-1] // 2
-    cos, sin = (jnp.repeat(part[:, :, None, :pairs_BTN1P], 2, axis=-1) for part in rotation)
-    even, odd = x_BTNH[..., ::2], x_BTNH[..., 1::2]
-    turned_BTNH = jnp.stack([-odd, even], axis=-1).reshape(x_BTNH.shape)
-    return x_BTNH * cos + turned_BTNH * sin
+def _of_experts(change: Callable[[Array], Array]) -> Callable[[MixtralConfig, Weights, str], Array]:
+    def weights(config: MixtralConfig, weights: Weights, leaf: str) -> Array:
+        return change(weights[leaf]) if ".experts." in leaf else weights[leaf]
+
+    return weights
 
 
-def _route_without_sum(
-    x_MD: jax.Array, kernel_DE: jax.Array, per_token: int, ids_MA: jax.Array | None = None
-) -> Routing:
-    routing = route(x_MD, kernel_DE, per_token, ids_MA)
-    used_MA = routing.ids_MA if ids_MA is None else ids_MA
-    return routing._replace(weights_MA=jnp.take_along_axis(routing.probs_ME, used_MA, axis=-1))
+def _uninitialised(stacked_EXX: Array) -> Array:
+    drawn = stacked_EXX.copy()
+    drawn[-1] = np.random.default_rng(0).normal(0, 0.02, drawn[-1].shape)
+    return drawn
 
 
-def _attend_tiled(
-    q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, visible_BTS: jax.Array, **training: object
-) -> jax.Array:
-    """Give query head n the key/value head n mod K instead of n // G."""
-    groups = q_BTNH.shape[2] // k_BSKH.shape[2]
-    k_BSNH, v_BSNH = (jnp.tile(x, (1, 1, groups, 1)) for x in (k_BSKH, v_BSKH))
-    scores_BNTS = project("BTNH,BSNH->BNTS", q_BTNH, k_BSNH) * q_BTNH.shape[-1] ** -0.5
-    scores_BNTS = jnp.where(visible_BTS[:, None], scores_BNTS, jnp.finfo(q_BTNH.dtype).min)
-    return project("BNTS,BSNH->BTNH", jax.nn.softmax(scores_BNTS, axis=-1), v_BSNH)
+def _rows_mixed(stacked_EXX: Array) -> Array:
+    """Split a fused tensor as if its rows were interleaved: the experts' rows end up in each other."""
+    E = len(stacked_EXX)
+    return np.ascontiguousarray(stacked_EXX.reshape(-1, E, stacked_EXX.shape[2]).swapaxes(0, 1)).reshape(
+        stacked_EXX.shape
+    )
 
 
-FAULTS = (
-    Fault("w1-w3-swapped", "expert.0.gate", weights=_gate_and_up_swapped),
-    Fault("experts-permuted", "expert.0.gate", weights=_experts_rolled),
-    Fault("norm-eps", "input_norm", config=lambda config: replace(config, rms_norm_eps=config.rms_norm_eps / 10)),
-    Fault("rope-interleaved", "q_rot", patch=lambda: mock.patch.object(attention, "rotate", _rotate_neighbours)),
-    Fault("kv-heads-tiled", "attn_context", patch=lambda: mock.patch.object(attention, "attend", _attend_tiled)),
+def _tied_head(config: MixtralConfig, weights: Weights, leaf: str) -> Array:
+    return weights["model.embed_tokens.embedding"].T if leaf == "lm_head.kernel" else weights[leaf]
+
+
+def _through_float16(config: MixtralConfig, weights: Weights, leaf: str) -> Array:
+    with np.errstate(over="ignore"):
+        return weights[leaf].astype(np.float16).astype(weights[leaf].dtype)
+
+
+def _rows_shifted(config: MixtralConfig, weights: Weights, leaf: str) -> Array:
+    return np.roll(weights[leaf], 1, axis=0) if leaf.endswith("embed_tokens.embedding") else weights[leaf]
+
+
+def _positions_count_padding(batch: Batch) -> Batch:
+    return replace(batch, position_ids=np.broadcast_to(np.arange(batch.input_ids.shape[1]), batch.input_ids.shape))
+
+
+def _other_first_token(batch: Batch) -> Batch:
+    ids_BT = batch.input_ids.copy()
+    ids_BT[:, -1] = ids_BT[:, 0]
+    return replace(batch, input_ids=ids_BT)
+
+
+def _without(name: str) -> Callable[[Trace], None]:
+    def trace(trace: Trace) -> None:
+        trace.arrays.pop(name, None)
+
+    return trace
+
+
+def _renamed(trace: Trace) -> None:
+    """Keep what the walk goes on with, and give every other point a name that nobody compares."""
+    kept = ("resid_out",)
+    trace.arrays = {name if name in kept else f"own.{name}": array for name, array in trace.arrays.items()}
+
+
+def _normed(trace: Trace) -> None:
+    out = trace.arrays["resid_out"]
+    trace.arrays["resid_out"] = out / np.sqrt(np.mean(out.astype(np.float32) ** 2, -1, keepdims=True)).astype(out.dtype)
+
+
+def _other_activation(config: MixtralConfig) -> MixtralConfig:
+    return replace(config, hidden_act="gelu" if config.hidden_act != "gelu" else "silu")
+
+
+def _other_top_k(config: MixtralConfig) -> MixtralConfig:
+    k = config.num_experts_per_tok
+    return replace(config, num_experts_per_tok=k - 1 if k > 1 else k + 1)
+
+
+def _other_window(config: MixtralConfig) -> MixtralConfig:
+    return replace(config, sliding_window=16 if config.sliding_window is None else config.sliding_window + 1)
+
+
+def _other_theta(config: MixtralConfig) -> MixtralConfig:
+    theta = 1e4 if config.rope.rope_theta != 1e4 else 1e6
+    return replace(config, rope=replace(config.rope, rope_theta=theta))
+
+
+def _several_experts(config: MixtralConfig) -> bool:
+    return config.num_experts_per_tok > 1
+
+
+def _square_q(config: MixtralConfig) -> bool:
+    return config.num_attention_heads * config.head_dim == config.hidden_size
+
+
+def _grouped(config: MixtralConfig) -> bool:
+    return 1 < config.num_key_value_heads < config.num_attention_heads
+
+
+def _own_head(config: MixtralConfig) -> bool:
+    return config.architecture == "MixtralForCausalLM" and not config.tie_word_embeddings
+
+
+GATE = ("expert.gate",)
+
+WEIGHTS = (
+    Fault(slug="w1-w3-swapped", shows=GATE, weights=_swap(_exchanged("gate", "up"))),
+    Fault(slug="kernel-not-transposed", shows=("q",), weights=_transposed, applies=_square_q),
+    Fault(slug="rope-rows-permuted", shows=("q",), weights=_interleaved),
+    Fault(slug="k-v-swapped", shows=("k",), weights=_swap(_exchanged("k", "v"))),
+    Fault(slug="norms-swapped", shows=("input_norm",), weights=_swap(_exchanged("input_norm", "post_attention_norm"))),
     Fault(
-        "router-not-renormalised", "router_weights", patch=lambda: mock.patch.object(moe, "route", _route_without_sum)
+        slug="layers-sorted-as-strings",
+        shows=("input_norm",),
+        place="model",
+        weights=_sorted_as_strings,
+        fixed_layer=2,
+        applies=lambda config: config.num_hidden_layers > 10,
+    ),
+    Fault(slug="experts-permuted", shows=GATE, weights=_of_experts(lambda stacked: np.roll(stacked, 1, axis=0))),
+    Fault(slug="expert-uninitialised", shows=GATE, weights=_of_experts(_uninitialised)),
+    Fault(slug="lm-head-wrong", shows=("logits",), place="head", weights=_tied_head, applies=_own_head),
+    Fault(slug="weights-through-float16", shows=("input_norm",), weights=_through_float16, dtypes=F32),
+    Fault(slug="vocab-rows-shifted", shows=("embed",), place="model", weights=_rows_shifted),
+    Fault(slug="expert-rows-mixed", shows=GATE, weights=_of_experts(_rows_mixed)),
+)
+
+NORMS = (
+    Fault(
+        slug="norm-eps",
+        shows=("input_norm",),
+        config=lambda config: replace(config, rms_norm_eps=config.rms_norm_eps / 10),
+        dtypes=F32,
+    ),
+    Fault(
+        slug="norm-cast-order",
+        shows=("input_norm",),
+        functions=((norm.rms_norm, wrong.norm_cast_last),),
+        dtypes=BF16,
+    ),
+    Fault(slug="norm-plus-one", shows=("input_norm",), functions=((norm.rms_norm, wrong.norm_plus_one),)),
+    Fault(
+        slug="norm-not-upcast", shows=("input_norm",), functions=((norm.rms_norm, wrong.norm_in_bfloat16),), dtypes=BF16
+    ),
+    Fault(slug="final-norm-missing", shows=("final_norm",), place="head", functions=((norm.rms_norm, wrong.no_norm),)),
+    Fault(
+        slug="residual-from-normed",
+        shows=("resid_mid",),
+        functions=((DecoderBlock.__call__, wrong.block_from_normed),),
     ),
 )
 
+ATTENTION = (
+    Fault(slug="rope-interleaved", shows=("q_rot",), functions=((rope.rotate, wrong.rotate_neighbours),)),
+    Fault(slug="rope-theta", shows=("q_rot",), config=_other_theta),
+    Fault(
+        slug="rope-freq-low-precision",
+        shows=("q_rot",),
+        functions=((rope.inverse_frequencies, wrong.frequencies_in_bfloat16),),
+    ),
+    Fault(slug="padding-positions", shows=("q_rot",), batch=_positions_count_padding),
+    Fault(slug="window-off-by-one", shows=("attn_context",), config=_other_window),
+    Fault(
+        slug="causal-mask-missing",
+        shows=("attn_context",),
+        functions=((attention.visible_keys, wrong.see_all_keys),),
+    ),
+    Fault(
+        slug="masked-row-nan",
+        shows=("attn_context",),
+        functions=((attention.attention_probs, wrong.probs_masked_by_infinity),),
+    ),
+    Fault(
+        slug="kv-heads-tiled",
+        shows=("attn_context",),
+        functions=(
+            (attention.attention_scores, wrong.scores_of_tiled_heads),
+            (attention.mix_values, wrong.values_of_tiled_heads),
+        ),
+        applies=_grouped,
+    ),
+    Fault(
+        slug="attention-scale",
+        shows=("attn_context",),
+        functions=((attention.attention_scores, wrong.scores_scaled_twice),),
+    ),
+    Fault(
+        slug="head-dim-ignored",
+        shows=("attn_context",),
+        functions=((attention.attention_scores, wrong.scores_by_width),),
+    ),
+    Fault(
+        slug="softmax-low-precision",
+        shows=("attn_probs",),
+        functions=((attention.attention_probs, wrong.probs_in_bfloat16),),
+        dtypes=BF16,
+    ),
+)
 
-class _PlantedWeights(Mapping[str, Array]):
-    """Weights as a fault has them."""
+EXPERTS = (
+    Fault(slug="expert-skipped", shows=("moe_out",), functions=((moe.dense_experts, wrong.experts_but_the_last),)),
+    Fault(slug="router-not-renormalised", shows=("router_weights",), functions=((moe.weigh, wrong.weigh_without_sum),)),
+    Fault(slug="router-raw-logits", shows=("router_weights",), functions=((moe.route, wrong.route_by_logits),)),
+    Fault(
+        slug="router-low-precision",
+        shows=("router_logits",),
+        functions=((moe.route, wrong.route_in_bfloat16),),
+        dtypes=F32,
+    ),
+    Fault(slug="router-probs-rounded", shows=("router_probs",), functions=((moe.router_probs, wrong.probs_rounded),)),
+    Fault(slug="top-k-wrong", shows=("router_ids",), config=_other_top_k),
+    Fault(
+        slug="ids-weights-unpaired",
+        shows=("router_weights",),
+        functions=((moe.weigh, wrong.weigh_in_reverse),),
+        applies=_several_experts,
+    ),
+    Fault(
+        slug="combine-low-precision",
+        shows=("moe_out",),
+        functions=(
+            (moe.dense_experts, wrong.experts_summed_in_bfloat16),
+            (flax_operations.combine, wrong.combined_in_bfloat16),
+        ),
+        dtypes=BF16,
+    ),
+    Fault(slug="capacity-drop", shows=("moe_out",), functions=((moe.dense_experts, wrong.experts_with_capacity),)),
+    Fault(
+        slug="weight-before-expert",
+        shows=("moe_out",),
+        functions=((moe.dense_experts, wrong.experts_on_weighted_input),),
+    ),
+    Fault(slug="activation-wrong", shows=("expert.act",), config=_other_activation),
+    Fault(slug="jitter-on", shows=("router_logits",), functions=((moe.jitter, wrong.jittered),)),
+)
 
-    def __init__(self, fault: Fault, weights: Weights):
-        self._fault, self._weights = fault, weights
+RUN_TIME = (
+    Fault(
+        slug="matmul-low-precision",
+        shows=("q",),
+        functions=((projection.project, wrong.project_in_bfloat16),),
+        dtypes=F32,
+    ),
+    Fault(slug="inputs-differ", shows=("embed",), place="model", batch=_other_first_token),
+    Fault(slug="hidden-state-after-norm", shows=("resid_out",), trace=_normed),
+    Fault(slug="points-missing", shows=("attn_out",), trace=_without("attn_out"), unchecked=True),
+    Fault(slug="traces-do-not-overlap", shows=("input_norm",), trace=_renamed, unchecked=True),
+)
 
-    def __getitem__(self, leaf: str) -> Array:
-        return self._fault.weights(self._weights, leaf)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._weights)
-
-    def __len__(self) -> int:
-        return len(self._weights)
-
-
-class _FaultySide(FlaxSide):
-    """The Flax side with a fault in every layer."""
-
-    def __init__(self, fault: Fault, config: MixtralConfig, weights: Weights):
-        super().__init__(fault.config(config), _PlantedWeights(fault, weights))
-        self._fault = fault
-
-    def compiled_block(self) -> Callable[..., BlockTrace]:
-        """Give a function of its own to jit, which would otherwise find the healthy one's compilation."""
-
-        def run(*args: Any) -> BlockTrace:
-            with self._fault.patch():
-                return run_block(*args)
-
-        return jax.jit(run)
-
-
-class _PlantedSide(FlaxSide):
-    """The Flax side with a fault in one layer."""
-
-    def __init__(self, fault: Fault, layer: int, config: MixtralConfig, weights: Weights):
-        super().__init__(config, weights)
-        self._layer = layer
-        self._faulty = _FaultySide(fault, config, weights)
-
-    def block(self, layer: int, x_BTD: Array, batch: Batch, routing: Array | None = None) -> Trace:
-        """See `Side.block`."""
-        if layer == self._layer:
-            return self._faulty.block(layer, x_BTD, batch, routing)
-        return super().block(layer, x_BTD, batch, routing)
+FAULTS = (*WEIGHTS, *NORMS, *ATTENTION, *EXPERTS, *RUN_TIME)

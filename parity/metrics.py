@@ -1,16 +1,18 @@
 """The four statistics of an error, and the margin of one side's error over the other's. NumPy only."""
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import ml_dtypes
 import numpy as np
 
 from parity.trace import Array
 
-__all__ = ["UNIT_ROUNDOFF", "Margin", "Statistics", "margin", "statistics"]
+__all__ = ["UNIT_ROUNDOFF", "Margin", "Precision", "Statistics", "margin", "statistics"]
 
-UNIT_ROUNDOFF = {
+Precision = Literal["float32", "bfloat16"]
+
+UNIT_ROUNDOFF: dict[str, float] = {
     "float32": float(np.finfo(np.float32).eps) / 2,
     "bfloat16": float(ml_dtypes.finfo(ml_dtypes.bfloat16).eps) / 2,
 }

@@ -15,7 +15,7 @@ from flax_mixtral.config import Architecture, MixtralConfig
 from parity import oracle_math as exact
 from parity.oracle_activations import ACTIVATIONS
 from parity.oracle_rope import inverse_frequencies, rope_tables, rotate_half
-from parity.trace import Array, Batch, Trace, expert_rows
+from parity.trace import Array, Batch, Trace, expert_rows, routed
 
 __all__ = ["EXACT", "Ops", "Oracle"]
 
@@ -107,6 +107,46 @@ class Oracle:
         self._experts(layer, ids_MA, trace)
         trace.arrays["resid_out"] = self.ops.residual(trace["resid_mid"], trace["post_attn_norm"], trace["moe_out"])
         return trace
+
+    def operations(self, layer: int, x_BTD: Array, given: Trace, batch: Batch) -> Trace:
+        """Run every operation of a block alone, each on what torch recorded as its input; see `Operations`."""
+        ops, config = self.ops, self.config
+        seen = {name: array.astype(self.dtype) for name, array in given.arrays.items() if name != "router_ids"}
+        points: dict[str, Array] = {}
+        x_BTD = x_BTD.astype(self.dtype)
+        points["input_norm"] = ops.norm(x_BTD, self._weight(layer, "input_layernorm"), config.rms_norm_eps)
+        for name in ("q", "k", "v"):
+            points[name] = ops.project(seen["input_norm"], self._weight(layer, f"self_attn.{name}_proj"))
+            points[name] = points[name].reshape(*x_BTD.shape[:2], -1, config.head_dim)
+        rotation = self._rope(batch)
+        points["q_rot"], points["k_rot"] = ops.rotate(seen["q"], *rotation), ops.rotate(seen["k"], *rotation)
+        heads = config.num_attention_heads
+        points["attn_scores"] = ops.scores(seen["q_rot"], ops.repeat(seen["k_rot"], heads))
+        visible_BTS = ops.visible(batch, config.sliding_window)
+        points["attn_probs"] = ops.attention_softmax(seen["attn_scores"], visible_BTS)
+        points["attn_context"] = ops.mix(seen["attn_probs"], ops.repeat(seen["v"], heads))
+        context_BTX = seen["attn_context"].reshape(*x_BTD.shape[:2], -1)
+        points["attn_out"] = ops.project(context_BTX, self._weight(layer, "self_attn.o_proj"))
+        points["resid_mid"] = ops.residual(x_BTD, seen["input_norm"], seen["attn_out"])
+        scale_D = self._weight(layer, "post_attention_layernorm")
+        points["post_attn_norm"] = ops.norm(seen["resid_mid"], scale_D, config.rms_norm_eps)
+        x_MD = seen["post_attn_norm"].reshape(-1, config.hidden_size)
+        points["router_logits"] = ops.project(x_MD, self._weight(layer, "block_sparse_moe.gate"))
+        points["router_probs"] = ops.router_softmax(seen["router_logits"])
+        points["router_weights"] = ops.weigh(seen["router_logits"], seen["router_probs"], given["router_ids"])
+        sum_MD = np.zeros_like(x_MD)
+        for expert, rows_R in given.rows.items():
+            path, at = f"block_sparse_moe.experts.{expert}", f"expert.{expert}"
+            for name, weight in (("gate", "w1"), ("up", "w3")):
+                points[f"{at}.{name}"] = ops.project(x_MD[rows_R], self._weight(layer, f"{path}.{weight}"))
+            activated_RF = ops.activate(config.hidden_act, seen[f"{at}.gate"])
+            points[f"{at}.act"] = ops.product(activated_RF, seen[f"{at}.up"])
+            points[f"{at}.down"] = ops.project(seen[f"{at}.act"], self._weight(layer, f"{path}.w2"))
+            hit_R, weights_R = routed(given, expert)
+            sum_MD = ops.combine(sum_MD, rows_R[hit_R], weights_R[hit_R], seen[f"{at}.down"][hit_R])
+        points["moe_out"] = sum_MD.reshape(x_BTD.shape)
+        points["resid_out"] = ops.residual(seen["resid_mid"], seen["post_attn_norm"], seen["moe_out"])
+        return Trace(points, given.rows)
 
     def head(self, x_BTD: Array, batch: Batch) -> Trace:
         """Apply final norm and head.

@@ -9,9 +9,9 @@ from typing import Literal
 
 from flax_mixtral.config import Architecture, MixtralConfig
 
-__all__ = ["POINTS", "Point", "block_points", "head_points", "names_of"]
+__all__ = ["POINTS", "Point", "block_points", "head_points", "operation_points"]
 
-Place = Literal["embed", "block", "expert", "head", "whole"]
+Place = Literal["embed", "block", "expert", "operation", "head", "whole"]
 Kind = Literal["arithmetic", "exact", "ids"]
 
 
@@ -38,6 +38,8 @@ POINTS = (
     Point("v", "block", "B T K H", "value projection"),
     Point("q_rot", "block", "B T N H", "queries after rotary embedding"),
     Point("k_rot", "block", "B T K H", "keys after rotary embedding"),
+    Point("attn_scores", "operation", "B N T S", "scaled scores before the mask"),
+    Point("attn_probs", "operation", "B N T S", "softmax of the visible scores"),
     Point("attn_context", "block", "B T N H", "values mixed by attention, head by head"),
     Point("attn_out", "block", "B T D", "output projection of attention"),
     Point("resid_mid", "block", "B T D", "residual stream after attention"),
@@ -69,14 +71,6 @@ LOGIT_AXES: dict[Architecture, str | None] = {
 """What `logits` stands for under each head; the bare model has none, hence neither `lens`."""
 
 
-def names_of(point: Point, config: MixtralConfig) -> Iterator[str]:
-    """Give the point's names in a trace: one, or one for each expert."""
-    if point.place != "expert":
-        yield point.name
-    else:
-        yield from (point.name.format(E=expert) for expert in range(config.num_local_experts))
-
-
 def block_points(config: MixtralConfig) -> Iterator[tuple[str, Point]]:
     """Walk the names and points of one block in the order of computation, expert by expert."""
     experts = [point for point in POINTS if point.place == "expert"]
@@ -85,6 +79,16 @@ def block_points(config: MixtralConfig) -> Iterator[tuple[str, Point]]:
             for expert in range(config.num_local_experts):
                 yield from ((row.name.format(E=expert), row) for row in experts)
         yield point.name, point
+
+
+def operation_points(config: MixtralConfig) -> Iterator[tuple[str, Point]]:
+    """Walk the points that are compared operation by operation, in the order of computation."""
+    between = [(point.name, point) for point in POINTS if point.place == "operation"]
+    for name, point in block_points(config):
+        if name == "attn_context":
+            yield from between
+        if point.kind == "arithmetic" and name != "lens":
+            yield name, point
 
 
 def head_points(config: MixtralConfig) -> Iterator[tuple[str, Point]]:

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from parity.metrics import Precision
 from parity.points import POINTS
 from parity.router import LayerRouting
 from parity.sides.timed import Cost
@@ -17,7 +18,7 @@ SCHEMA_VERSION = 1
 
 EXIT_CODES: dict[Verdict, int] = {"pass": 0, "fail": 1, "unchecked": 4}
 
-BLAME_ORDER: tuple[Mode, ...] = ("reference", "local", "propagated", "whole")
+BLAME_ORDER: tuple[Mode, ...] = ("reference", "local", "operation", "propagated", "whole")
 """Which mode's failures place a fault best: a local one blames its block, a propagated one may be inherited."""
 
 
@@ -35,7 +36,7 @@ class Result:
 
     Args:
         findings: one verdict for each point, layer, batch and mode, in the order of computation.
-        routing: the comparison of routing by layer, mode and batch.
+        routing: the comparison of routing by layer, mode, batch and dtype.
         differences: configuration fields and weights that are not equal; any makes the run fail.
         weights_compared: how many leaves were; 0 where Flax's weights are the source mapped in memory.
         notes: what these inputs could not show.
@@ -46,11 +47,11 @@ class Result:
     """
 
     findings: Sequence[Finding]
-    routing: Mapping[tuple[int, Mode, str], LayerRouting]
+    routing: Mapping[tuple[int, Mode, str, Precision], LayerRouting]
     differences: Sequence[Difference]
     weights_compared: int
     notes: Sequence[str]
-    dtype: str
+    dtype: Precision
     environment: Mapping[str, Any]
     provenance: Mapping[str, Any]
     cost: Mapping[str, Cost]
@@ -68,14 +69,17 @@ class Result:
     @property
     def worst(self) -> Finding | None:
         """The finding with the largest margin."""
-        measured = [finding for finding in self.findings if finding.margin is not None]
+        measured = [finding for finding in self.findings if finding.margin is not None and finding.decides]
         return max(measured, key=lambda finding: finding.margin or 0.0, default=None)
 
     @property
     def first_divergence(self) -> Divergence | None:
         """The first failure in the order of computation, of the mode that places best; else the first difference."""
         for mode in BLAME_ORDER:
-            failures = [f for f in self.findings if f.mode == mode and f.verdict == "fail"]
+            failures = [f for f in self.findings if f.mode == mode and f.verdict == "fail" and f.decides]
+            failures = [
+                f for f in failures if f.point != "lens"
+            ] or failures  # lens repeats what the head is blamed for
             if failures:
                 first = min(failures, key=_depth)
                 return Divergence(first.layer, first.point)
@@ -123,12 +127,13 @@ def _layer_of(name: str) -> int | None:
     return int(parts[parts.index("layers") + 1]) if "layers" in parts else None
 
 
-def _routing_json(key: tuple[int, Mode, str], routing: LayerRouting) -> dict[str, Any]:
-    layer, mode, batch = key
+def _routing_json(key: tuple[int, Mode, str, Precision], routing: LayerRouting) -> dict[str, Any]:
+    layer, mode, batch, dtype = key
     return {
         "layer": layer,
         "mode": mode,
         "batch": batch,
+        "dtype": dtype,
         "tokens": routing.tokens,
         "agreement": _jsonable(routing.agreement),
         "flips": [_jsonable({**asdict(flip), "excused": flip.excused}) for flip in routing.flips],

@@ -8,25 +8,28 @@ import numpy as np
 from convert import BadInput, Checkpoint
 from flax_mixtral.config import MixtralConfig
 from parity.inputs import Suite, suite, unexercised
+from parity.metrics import Precision
 from parity.oracle import Oracle
 from parity.points import head_points
+from parity.port import Port
 from parity.provenance import environment, provenance
 from parity.result import Result
+from parity.router import LayerRouting
 from parity.sides import Side, WholeModel
-from parity.sides.flax import FlaxSide
-from parity.sides.timed import Timed
-from parity.sides.torch_hf import Attention, Experts, Precision, TorchSide, whole_logits
+from parity.sides.timed import Cost, Timed
+from parity.sides.torch_hf import Attention, Experts, TorchSide, whole_logits
 from parity.trace import Array, Batch
 from parity.verdict import Finding, Place, judge
-from parity.walk import Sides, Stream, Walk
-from parity.weights import Rounded, compare_configs, compare_weights
+from parity.walk import RoutingKey, Sides, Walk
+from parity.weights import Difference, Rounded, compare_configs, compare_weights
 
 __all__ = ["Progress", "run"]
 
 Progress = Callable[[str, int, int], None]
 """Called with what is done now, how many steps are done, and how many there are."""
 
-FlaxFactory = Callable[[MixtralConfig, Mapping[str, Array]], Side]
+WALKS: dict[Precision, tuple[Precision, ...]] = {"float32": ("float32",), "bfloat16": ("bfloat16", "float32")}
+"""The dtypes that a run walks in: what bfloat16's rounding hides, float32 on the same weights shows."""
 
 ATTENTION: Attention = "eager"
 EXPERTS: Experts = "grouped_mm"
@@ -45,7 +48,7 @@ def run(
     dtype: Precision = "float32",
     inputs: Suite | Sequence[Batch] = "standard",
     seed: int = 0,
-    flax_side: FlaxFactory = FlaxSide,
+    change: Callable[[Port], Port] | None = None,
     progress: Progress = lambda step, done, total: None,
 ) -> Result:
     """Compare Flax with PyTorch on one checkpoint, block by block.
@@ -53,10 +56,11 @@ def run(
     Args:
         src: a Mixtral checkpoint as torch reads it.
         flax: the converted one, or any of the same model; None maps src in memory.
-        dtype: what both sides compute in; the weights are rounded to it for all sides alike.
+        dtype: what both sides compute in; the weights are rounded to it for all sides alike. bfloat16 also walks in
+            float32, on the same rounded weights.
         inputs: a suite's name, or batches.
         seed: of the suite's token ids.
-        flax_side: builds the Flax side from its configuration and its leaves by dotted path.
+        change: replaces what is tested, as a planted fault does.
         progress: called before each step.
 
     Returns:
@@ -68,74 +72,102 @@ def run(
     """
     source = Checkpoint.open(src)
     target = source if flax is None else Checkpoint.open(flax)
-    config = source.config
-    differences = compare_configs(config, target.config)
-    if other_model := [d for d in differences if d.name.removeprefix("config.") in SHAPES]:
-        lines = "\n".join(f"  - {d.name}: {d.reason}" for d in other_model)
-        raise BadInput(f"{src} and {flax} are not the same model:\n{lines}")
-    batches = suite(inputs, config, seed) if isinstance(inputs, str) else list(inputs)
-    has_logits = config.architecture != "MixtralModel"
-
-    leaves = len(source.view("flax")) if flax is not None else 0
-    total = leaves + config.num_hidden_layers + 2 + has_logits * len(batches)
-    steps = iter(range(total))
-
-    def advance(step: str) -> None:
-        progress(step, next(steps), total)
-
+    port = Port(target.config, target.view("flax"))
+    if change is not None:
+        port = change(port)
+    differences = _same_model(source.config, port.config, f"{src} and {flax or 'its changed port'}")
+    batches = suite(inputs, source.config, seed) if isinstance(inputs, str) else list(inputs)
+    compared = flax is not None or change is not None
+    steps = Steps(progress, compared * len(port.weights) + len(WALKS[dtype]) * (source.config.num_hidden_layers + 3))
     hashes: dict[str, str] = {}
-    if flax is not None:
-        hashes, unequal = compare_weights(source.view("flax"), target.view("flax"), advance)
+    if compared:
+        hashes, unequal = compare_weights(source.view("flax"), port.weights, steps.advance)
         differences += unequal
-    torch_side = Timed(
-        TorchSide(
-            config,
-            source.raw_config,
-            Rounded(source.view("hf-fused"), dtype),
-            dtype=dtype,
-            attention=ATTENTION,
-            experts=EXPERTS,
-        )
-    )
-    flax_model = flax_side(target.config, Rounded(target.view("flax"), dtype))
-    flax_timed, oracle = Timed(flax_model), Timed(Oracle(config, Rounded(source.view("hf-legacy"), dtype)))
-    walk = Walk(config, Sides(torch_side, flax_timed, oracle), batches, dtype=dtype, advance=advance)
-    findings = list(walk.run())
-    if has_logits:
-        for stream in walk.streams:
-            advance(f"whole models, {stream.batch.name}")
-            torch_logits = whole_logits(Path(src), stream.batch, dtype, ATTENTION, EXPERTS)
-            findings += _judge_whole(
-                config,
-                stream,
-                torch_logits,
-                flax_model.whole(stream.batch) if isinstance(flax_model, WholeModel) else None,
-                dtype,
-            )
+    findings: list[Finding] = []
+    routing: dict[RoutingKey, LayerRouting] = {}
+    cost: dict[str, Cost] = {}
+    for walk_dtype in WALKS[dtype]:
+        sides = _sides(source, port, dtype, walk_dtype)
+        walk = Walk(source.config, Sides(**sides), batches, dtype=walk_dtype, advance=steps.advance)
+        findings += walk.run()
+        routing |= walk.routing
+        steps.advance("whole models")
+        if walk_dtype == dtype and source.config.architecture != "MixtralModel":
+            findings += _whole(src, source.config, sides["flax"].side, walk)
+        for name, side in sides.items():
+            cost[name] = cost.get(name, Cost()) + side.cost
     return Result(
         findings=findings,
-        routing=walk.routing,
+        routing=routing,
         differences=differences,
-        weights_compared=leaves,
-        notes=unexercised(batches, config),
+        weights_compared=len(hashes),
+        notes=unexercised(batches, source.config),
         dtype=dtype,
         environment={**environment(), "torch_attention": ATTENTION, "torch_experts": EXPERTS},
         provenance=provenance(src, flax, batches, seed, hashes),
-        cost={"torch": torch_side.cost, "flax": flax_timed.cost, "oracle": oracle.cost},
+        cost=cost,
     )
 
 
-def _judge_whole(
-    config: MixtralConfig, stream: Stream, torch_logits: Array, flax_logits: Array | None, dtype: Precision
-) -> Iterator[Finding]:
-    """Hold both models as users run them against the walk: torch's against its own, Flax's against the oracle."""
+class Steps:
+    """Counts steps for a progress callback."""
+
+    def __init__(self, progress: Progress, total: int):
+        self._progress, self._total, self._done = progress, total, 0
+
+    def advance(self, step: str) -> None:
+        """Tell that a step begins."""
+        self._progress(step, self._done, self._total)
+        self._done += 1
+
+
+def _same_model(torch: MixtralConfig, flax: MixtralConfig, which: str) -> list[Difference]:
+    """List the configuration fields that differ; refuse where they make weights of other shapes."""
+    differences = compare_configs(torch, flax)
+    if other := [d for d in differences if d.name.removeprefix("config.") in SHAPES]:
+        lines = "\n".join(f"  - {d.name}: {d.reason}" for d in other)
+        raise BadInput(f"{which} are not the same model:\n{lines}")
+    return differences
+
+
+def _sides(source: Checkpoint, port: Port, dtype: Precision, walk_dtype: Precision) -> dict[str, Timed]:
+    """Build the three sides on weights that are rounded to the run's dtype and computed with in the walk's."""
+
+    def rounded(weights: Mapping[str, Array]) -> Mapping[str, Array]:
+        return Rounded(Rounded(weights, dtype), walk_dtype)
+
+    torch = TorchSide(
+        source.config,
+        source.raw_config,
+        rounded(source.view("hf-fused")),
+        dtype=walk_dtype,
+        attention=ATTENTION,
+        experts=EXPERTS,
+    )
+    flax = port.side(port.config, rounded(port.weights))
+    return {
+        "torch": Timed(torch),
+        "flax": Timed(flax),
+        "oracle": Timed(Oracle(source.config, rounded(source.view("hf-legacy")))),
+    }
+
+
+def _whole(src: str | Path, config: MixtralConfig, flax: Side, walk: Walk) -> Iterator[Finding]:
+    """Hold both models as users run them against the walk: torch's against its own, Flax's against the oracle.
+
+    In bfloat16 the whole model routes freely, so that a benign flip changes its logits at will: it informs.
+    """
     point = dict(head_points(config))["logits"]
     by_token = point.axes.startswith("B T")
-    batch, clean_M = stream.batch, stream.clean_M
-    clean_BT = clean_M.reshape(batch.input_ids.shape) | ~batch.real_BT
-    rows = clean_M if by_token else np.flatnonzero(clean_BT.all(axis=1))
-    walked, exact = stream.torch_logits, stream.oracle_logits
-    reference = Place(None, "reference", batch.name)
-    real_M = batch.real_M if by_token else None
-    yield judge("logits", point, reference, walked, torch_logits, exact, dtype=dtype, rows=real_M)
-    yield judge("logits", point, Place(None, "whole", batch.name), walked, flax_logits, exact, dtype=dtype, rows=rows)
+    for stream in walk.streams:
+        batch, clean_M = stream.batch, stream.clean_M
+        clean_BT = clean_M.reshape(batch.input_ids.shape) | ~batch.real_BT
+        rows = clean_M if by_token else np.flatnonzero(clean_BT.all(axis=1))
+        walked, exact = stream.torch_logits, stream.oracle_logits
+        torch_logits = whole_logits(Path(src), batch, walk.dtype, ATTENTION, EXPERTS)
+        reference = Place(None, "reference", batch.name, walk.dtype)
+        real_M = batch.real_M if by_token else None
+        yield judge("logits", point, reference, walked, torch_logits, exact, rows=real_M)
+        flax_logits = flax.whole(batch) if isinstance(flax, WholeModel) else None
+        whole = Place(None, "whole", batch.name, walk.dtype, decides=walk.dtype != "bfloat16")
+        yield judge("logits", point, whole, walked, flax_logits, exact, rows=rows)

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["Array", "Batch", "Trace", "expert_rows"]
+__all__ = ["Array", "Batch", "Trace", "expert_rows", "routed"]
 
 Array = npt.NDArray[Any]
 
@@ -73,3 +73,19 @@ def expert_rows(ids_MA: Array, batch: Batch, experts: int) -> Sequence[Array]:
     every = np.flatnonzero(real)
     chosen = [np.flatnonzero((ids_MA == expert).any(axis=1) & real) for expert in range(experts)]
     return [rows if len(rows) >= FEW_ROWS else every for rows in chosen]
+
+
+def routed(trace: Trace, expert: int) -> tuple[Array, Array]:
+    """Tell which of an expert's rows were routed to it, and with what weight.
+
+    Args:
+        trace: a block's, with `router_ids` and `router_weights` that belong to them.
+        expert: its number.
+
+    Returns:
+        [R] bool and [R] weights, 0 where not routed.
+    """
+    rows_R = trace.rows[expert]
+    hit_RA = trace["router_ids"][rows_R] == expert
+    weights_R: Array = np.where(hit_RA, trace["router_weights"][rows_R], 0).sum(axis=1)
+    return hit_RA.any(axis=1), weights_R

@@ -1,20 +1,24 @@
 """The walk: every block of every side, side by side, on torch's input (local) and on its own (propagated)."""
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
 from flax_mixtral.config import MixtralConfig
-from parity.points import POINTS, Point, block_points, head_points
+from parity.metrics import Precision
+from parity.points import POINTS, Point, block_points, head_points, operation_points
 from parity.router import LayerRouting, compare_routing, dense_weights
-from parity.sides import Side
+from parity.sides import Operations, Side
 from parity.trace import Array, Batch, Trace
 from parity.verdict import Finding, Mode, Place, judge, judge_equal
 
-__all__ = ["Sides", "Walk"]
+__all__ = ["RoutingKey", "Sides", "Walk"]
 
 Advance = Callable[[str], None]
+
+RoutingKey = tuple[int, Mode, str, Precision]
+"""Layer, mode, batch and dtype of a comparison of routing."""
 
 BY_NAME = {point.name: point for point in POINTS}
 BEFORE_ROUTING = frozenset(point.name for point in POINTS[: POINTS.index(BY_NAME["router_weights"])])
@@ -78,7 +82,7 @@ class Walk:
         sides: Sides,
         batches: Sequence[Batch],
         *,
-        dtype: str,
+        dtype: Precision,
         advance: Advance = lambda step: None,
     ):
         self.config = config
@@ -86,13 +90,8 @@ class Walk:
         self.batches = batches
         self.dtype = dtype
         self.advance = advance
-        self.routing: dict[tuple[int, Mode, str], LayerRouting] = {}
+        self.routing: dict[RoutingKey, LayerRouting] = {}
         self.streams: list[Stream] = []
-
-    @property
-    def steps(self) -> int:
-        """How often `advance` will be called."""
-        return self.config.num_hidden_layers + 2
 
     def run(self) -> Iterator[Finding]:
         """Walk the model from embedding to losses and give the findings in that order."""
@@ -111,20 +110,41 @@ class Walk:
         torch_BTD, flax_BTD = self.sides.torch.embed(batch), self.sides.flax.embed(batch)
         exact_BTD = self.sides.oracle.embed(batch)
         self.streams.append(Stream(batch, torch_BTD, flax_BTD, exact_BTD, np.zeros(batch.input_ids.size, bool)))
-        yield judge_equal("embed", Place(None, "local", batch.name), torch_BTD, flax_BTD)
+        yield judge_equal("embed", self._place(None, "local", batch), torch_BTD, flax_BTD)
 
     def _block(self, layer: int, stream: Stream) -> Iterator[Finding]:
         batch = stream.batch
         torch = self._with_lens(self.sides.torch, self.sides.torch.block(layer, stream.torch_BTD, batch), batch)
         local = self._beside(torch, layer, "local", batch, stream.torch_BTD, stream.torch_BTD)
         yield from self._judge_block(layer, "local", batch, local)
+        if self.dtype == "bfloat16" and "attn_probs" in torch.arrays:  # sdpa has none to start from
+            yield from self._judge_operations(layer, stream, torch)
         own = self._beside(torch, layer, "propagated", batch, stream.flax_BTD, stream.oracle_BTD)
         yield from self._judge_block(layer, "propagated", batch, own)
         stream.torch_BTD, stream.flax_BTD, stream.oracle_BTD = (trace["resid_out"] for trace in own.traces)
         if own.routing is not None:
             stream.flipped_M[[flip.token for flip in own.routing.flips]] = True
         for side, trace in zip(("torch", "flax", "oracle"), own.traces, strict=True):
-            stream.router_logits[side].append(trace["router_logits"])
+            if "router_logits" in trace.arrays:
+                stream.router_logits[side].append(trace["router_logits"])
+
+    def _judge_operations(self, layer: int, stream: Stream, torch: Trace) -> Iterator[Finding]:
+        """Run every operation alone on torch's recorded input; what a side cannot run so is unchecked."""
+        found, exact = (
+            side.operations(layer, stream.torch_BTD, torch, stream.batch) if isinstance(side, Operations) else Trace()
+            for side in (self.sides.flax, self.sides.oracle)
+        )
+        place = self._place(layer, "operation", stream.batch)
+        for name, point in operation_points(self.config):
+            arrays = [trace.arrays.get(name) for trace in (torch, found, exact)]
+            if point.axes == "B N T S":  # hidden keys have no part, and padding is no query
+                seen = [None if array is None else array[_seen(stream.batch, array)][:, None] for array in arrays]
+                yield judge(name, point, place, *seen)
+            else:
+                yield judge(name, point, place, *arrays, rows=_real_rows(point, stream.batch))
+
+    def _place(self, layer: int | None, mode: Mode, batch: Batch) -> Place:
+        return Place(layer, mode, batch.name, self.dtype)
 
     def _beside(
         self, torch: Trace, layer: int, mode: Mode, batch: Batch, flax_BTD: Array, oracle_BTD: Array
@@ -148,7 +168,7 @@ class Walk:
         if any(name not in trace.arrays for trace in traces for name in ("router_ids", "router_logits")):
             return None
         routing = compare_routing(*traces, batch)
-        self.routing[layer, mode, batch.name] = routing
+        self.routing[layer, mode, batch.name, self.dtype] = routing
         return routing
 
     def _with_lens(self, side: Side, trace: Trace, batch: Batch) -> Trace:
@@ -161,7 +181,7 @@ class Walk:
         traces, routing = compared.traces, compared.routing
         forced = routing is not None and bool(routing.flips)
         for name, point in block_points(self.config):
-            place = Place(layer, mode, batch.name, forced and name not in BEFORE_ROUTING)
+            place = replace(self._place(layer, mode, batch), forced=forced and name not in BEFORE_ROUTING)
             if point.kind == "ids":
                 yield _judge_routing(name, place, routing)
             elif name == "router_weights" and routing is not None:
@@ -170,7 +190,7 @@ class Walk:
                 yield place.finding(name, "fail", "the sides recorded this expert on different tokens")
             else:
                 arrays = (trace.arrays.get(name) for trace in traces)
-                yield judge(name, point, place, *arrays, dtype=self.dtype, rows=_real_rows(point, batch))
+                yield judge(name, point, place, *arrays, rows=_real_rows(point, batch))
 
     def _judge_weights(
         self, point: Point, place: Place, traces: tuple[Trace, Trace, Trace], batch: Batch, forced: bool
@@ -183,7 +203,7 @@ class Walk:
             dense_weights(ids_MA, trace.arrays.get("router_weights"), self.config.num_local_experts)
             for ids_MA, trace in ((torch_ids_MA, torch), (flax_ids_MA, flax), (torch_ids_MA, oracle))
         )
-        return judge("router_weights", point, place, *dense, dtype=self.dtype, rows=batch.real_M)
+        return judge("router_weights", point, place, *dense, rows=batch.real_M)
 
     def _head(self, stream: Stream) -> Iterator[Finding]:
         torch = self.sides.torch.head(stream.torch_BTD, stream.batch)
@@ -200,13 +220,16 @@ class Walk:
                 self._add_losses(stream, mode, torch, flax, oracle)
             for name, point in head_points(self.config):
                 arrays = (trace.arrays.get(name) for trace in (torch, flax, oracle))
-                place = Place(None, mode, stream.batch.name)
-                yield judge(name, point, place, *arrays, dtype=self.dtype, rows=_real_rows(point, stream.batch))
+                place = self._place(None, mode, stream.batch)
+                yield judge(name, point, place, *arrays, rows=_real_rows(point, stream.batch))
 
     def _add_losses(self, stream: Stream, mode: Mode, torch: Trace, flax: Trace, oracle: Trace) -> None:
+        """Add the losses where the side has recorded every layer's router; else they are missing, and so unchecked."""
         for side, trace in ((self.sides.torch, torch), (self.sides.flax, flax), (self.sides.oracle, oracle)):
             own = "torch" if mode == "local" else side.name
             logits = torch["logits"] if mode == "local" else trace["logits"]
+            if len(stream.router_logits[own]) < self.config.num_hidden_layers:
+                continue
             trace.arrays.update(side.losses(logits, stream.router_logits[own], stream.batch).arrays)
 
 
@@ -228,6 +251,13 @@ def _judge_routing(name: str, place: Place, routing: LayerRouting | None) -> Fin
     if routing.flips:
         return place.finding(name, "pass", f"{len(routing.flips)} of {routing.tokens} tokens flipped within rounding")
     return place.finding(name, "pass")
+
+
+def _seen(batch: Batch, scores_BNTS: Array) -> Array:
+    """Mark the pairs of a real query and an earlier real key: [B, N, T, S] bool."""
+    real_BT = batch.real_BT
+    pairs_BTS = np.tril(real_BT[:, :, None] & real_BT[:, None, :])
+    return np.broadcast_to(pairs_BTS[:, None], scores_BNTS.shape)
 
 
 def _real_rows(point: Point, batch: Batch) -> Array | None:

@@ -3,22 +3,24 @@
 import hashlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields
+from typing import Any
 
 import ml_dtypes
 import numpy as np
 
 from flax_mixtral.config import MixtralConfig
+from parity.metrics import Precision
 from parity.trace import Array
 
 __all__ = ["Difference", "Rounded", "compare_configs", "compare_weights"]
 
-DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
+DTYPES: dict[Precision, np.dtype[Any]] = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 
 
 class Rounded(Mapping[str, Array]):
     """Weights in the dtype that a run computes in, rounded on access; every side gets the same rounded values."""
 
-    def __init__(self, weights: Mapping[str, Array], dtype: str):
+    def __init__(self, weights: Mapping[str, Array], dtype: Precision):
         self._weights = weights
         self._dtype = DTYPES[dtype]
 

@@ -27,7 +27,7 @@ def render(result: Result) -> RenderableType:
         table.add_column(heading, justify="right" if heading in ("layer", "local", "propagated", "lens") else "left")
     layers = sorted({finding.layer for finding in result.findings if finding.layer is not None})
     for layer in layers:
-        own = [finding for finding in result.findings if finding.layer == layer]
+        own = [finding for finding in result.findings if finding.layer == layer and finding.decides]
         table.add_row(
             str(layer), *_cells(own, ("local", "propagated")), _lens(own), _routing(result, layer), _mark(own)
         )

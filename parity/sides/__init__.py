@@ -5,7 +5,7 @@ from typing import Protocol, runtime_checkable
 
 from parity.trace import Array, Batch, Trace
 
-__all__ = ["Side", "WholeModel"]
+__all__ = ["Operations", "Side", "WholeModel"]
 
 
 class Side(Protocol):
@@ -50,4 +50,24 @@ class WholeModel(Protocol):
 
     def whole(self, batch: Batch) -> Array | None:
         """Give the logits; None for a model without a head."""
+        ...
+
+
+@runtime_checkable
+class Operations(Protocol):
+    """A side that can run each operation of a block by itself."""
+
+    def operations(self, layer: int, x_BTD: Array, given: Trace, batch: Batch) -> Trace:
+        """Run every operation of a block alone, each on what torch recorded as its input.
+
+        Args:
+            layer: 0-based.
+            x_BTD: the block's input.
+            given: torch's trace of the block; `attn_scores` and `attn_probs` among its points.
+            batch: gives mask and positions.
+
+        Returns:
+            The points that come out, but `router_ids` and `lens`; `moe_out` is the weighted sum of the experts'
+            recorded outputs, for real tokens.
+        """
         ...

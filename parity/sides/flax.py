@@ -1,19 +1,20 @@
 """The Flax side: flax_mixtral's own blocks, one in memory at a time."""
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import cache, cached_property
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from flax_mixtral.arrays import fill
+from flax_mixtral.arrays import Mould
 from flax_mixtral.config import MixtralConfig
-from flax_mixtral.decoder import BlockTrace, Context, DecoderBlock, Embedding, context_of
+from flax_mixtral.decoder import BlockTrace, Context, DecoderBlock, context_of, look_up
 from flax_mixtral.heads import MODELS, MixtralModel, Model
 from flax_mixtral.losses import IGNORED, causal_lm_loss, load_balancing_loss
 from flax_mixtral.moe import ExpertTrace, expert
-from flax_mixtral.norm import RMSNorm
+from parity.sides.flax_operations import Kernels, block_operations, combine, expert_operations
 from parity.trace import Array, Batch, Trace, expert_rows
 
 __all__ = ["FlaxSide", "labels_of", "run_block"]
@@ -33,46 +34,47 @@ class FlaxSide:
         self._config = config
         self._weights = weights
         self._prefix = "" if config.architecture == "MixtralModel" else "model."
-        self._run_block = self.compiled_block()
+        self._run_block: Callable[..., BlockTrace] = jax.jit(run_block)
         self._run_expert = jax.jit(expert, static_argnames="hidden_act")
-
-    def compiled_block(self) -> Callable[..., BlockTrace]:
-        """Give the jitted block; its compilations are shared by all sides, as jit caches by function."""
-        return jax.jit(run_block)
+        self._run_operations = jax.jit(block_operations)
+        self._run_expert_operations = jax.jit(expert_operations, static_argnums=3)
 
     def embed(self, batch: Batch) -> Array:
         """See `Side.embed`."""
-        module = fill(
-            lambda rngs: Embedding(self._config, dtype=jnp.float32, rngs=rngs),
-            self._weights,
-            f"{self._prefix}embed_tokens.",
-        )
-        return np.asarray(module(jnp.asarray(batch.input_ids)))
+        embedding_VD = self._weights[f"{self._prefix}embed_tokens.embedding"]
+        return np.asarray(look_up(jnp.asarray(embedding_VD), jnp.asarray(batch.input_ids)))
 
     def block(self, layer: int, x_BTD: Array, batch: Batch, routing: Array | None = None) -> Trace:
         """See `Side.block`."""
-        module = fill(
-            lambda rngs: DecoderBlock(self._config, dtype=jnp.float32, rngs=rngs),
-            self._weights,
-            f"{self._prefix}layers.{layer}.",
-        )
+        module = self._block(layer)
         forced_MA = None if routing is None else jnp.asarray(routing)
         found = self._run_block(module, jnp.asarray(x_BTD), self._context(batch, x_BTD), forced_MA)
         trace = Trace({name: np.asarray(array) for name, array in found._asdict().items()})
         self._record_experts(trace, module, batch, trace["router_ids"] if routing is None else routing)
         return trace
 
+    def operations(self, layer: int, x_BTD: Array, given: Trace, batch: Batch) -> Trace:
+        """See `Operations.operations`."""
+        module = self._block(layer)
+        arrays = {name: jnp.asarray(array) for name, array in given.arrays.items() if not name.startswith("expert.")}
+        found = self._run_operations(module, jnp.asarray(x_BTD), arrays, self._context(batch, x_BTD))
+        trace = Trace({name: np.asarray(array) for name, array in found.items()}, given.rows)
+        x_MD = given["post_attn_norm"].reshape(-1, self._config.hidden_size)
+        for number, rows in given.rows.items():
+            seen = {name: _padded(given[f"expert.{number}.{name}"]) for name in ("gate", "up", "act")}
+            kernels = Kernels(*(kernel[number] for kernel in self._kernels(module)))
+            outputs = self._run_expert_operations(_padded(x_MD[rows]), seen, kernels, self._config.hidden_act)
+            for name, array in outputs.items():
+                trace.arrays[f"expert.{number}.{name}"] = np.asarray(array)[: len(rows)]
+        trace.arrays["moe_out"] = combine(given, x_BTD.shape)
+        return trace
+
     def head(self, x_BTD: Array, batch: Batch) -> Trace:
         """See `Side.head`."""
-        norm = fill(
-            lambda rngs: RMSNorm(self._config.hidden_size, self._config.rms_norm_eps, dtype=jnp.float32),
-            self._weights,
-            f"{self._prefix}final_norm.",
-        )
-        final_norm_BTD = norm(jnp.asarray(x_BTD))
+        model = self._head_model
+        decoder = model if isinstance(model, MixtralModel) else model.model
+        final_norm_BTD = decoder.final_norm(jnp.asarray(x_BTD))
         trace = Trace({"final_norm": np.asarray(final_norm_BTD)})
-        rest = {name: self._weights[name] for name in self._weights if ".layers." not in name}
-        model = fill(self._build, rest, partial=True)
         if not isinstance(model, MixtralModel):
             trace.arrays["logits"] = np.asarray(model.head(final_norm_BTD, jnp.asarray(batch.input_ids)))
         return trace
@@ -87,30 +89,52 @@ class FlaxSide:
 
     def whole(self, batch: Batch) -> Array | None:
         """Run the whole model under one jit, as users do: its logits, or None for the bare model."""
-        model = fill(self._build, self._weights)
+        model = _model_mould(self._config).fill(self._weights)
         output = jax.jit(lambda model, *inputs: model(*inputs).logits)(
             model, batch.input_ids, batch.attention_mask, batch.position_ids
         )
         return None if output is None else np.asarray(output)
 
-    def _build(self, rngs: nnx.Rngs) -> Model:
-        return MODELS[self._config.architecture](self._config, rngs=rngs)
+    def _block(self, layer: int) -> DecoderBlock:
+        return _block_mould(self._config).fill(self._weights, f"{self._prefix}layers.{layer}.")
+
+    @cached_property
+    def _head_model(self) -> Model:
+        """The whole model of which only what lies outside the blocks holds arrays."""
+        outside = {name: self._weights[name] for name in self._weights if ".layers." not in name}
+        return _model_mould(self._config).fill(outside, partial=True)
 
     def _context(self, batch: Batch, x_BTD: Array) -> Context:
         mask, position = (None if x is None else jnp.asarray(x) for x in (batch.attention_mask, batch.position_ids))
         return context_of(self._config, batch.input_ids.shape, mask, position, x_BTD.dtype)
 
-    def _record_experts(self, trace: Trace, block: DecoderBlock, batch: Batch, ids_MA: Array) -> None:
+    def _kernels(self, block: DecoderBlock) -> tuple[nnx.Param[jax.Array], ...]:
         experts = block.moe.experts
+        return experts.gate, experts.up, experts.down
+
+    def _record_experts(self, trace: Trace, block: DecoderBlock, batch: Batch, ids_MA: Array) -> None:
         x_MD = trace["post_attn_norm"].reshape(-1, self._config.hidden_size)
         for number, rows in enumerate(expert_rows(ids_MA, batch, self._config.num_local_experts)):
-            kernels = (kernel[number] for kernel in (experts.gate, experts.up, experts.down))
-            # Rows padded to a power of two: a handful of compilations serves every expert.
-            padded_R = np.resize(rows, 1 << (len(rows) - 1).bit_length())
-            found: ExpertTrace = self._run_expert(x_MD[padded_R], *kernels, hidden_act=self._config.hidden_act)
+            kernels = (kernel[number] for kernel in self._kernels(block))
+            found: ExpertTrace = self._run_expert(_padded(x_MD[rows]), *kernels, hidden_act=self._config.hidden_act)
             trace.rows[number] = rows
             for name, array in zip(("gate", "up", "act", "down"), found, strict=True):
                 trace.arrays[f"expert.{number}.{name}"] = np.asarray(array)[: len(rows)]
+
+
+@cache
+def _block_mould(config: MixtralConfig) -> Mould[DecoderBlock]:
+    return Mould(lambda rngs: DecoderBlock(config, dtype=jnp.float32, rngs=rngs))
+
+
+@cache
+def _model_mould(config: MixtralConfig) -> Mould[Model]:
+    return Mould(lambda rngs: MODELS[config.architecture](config, rngs=rngs))
+
+
+def _padded(x_RX: Array) -> Array:
+    """Repeat rows up to a power of two: a handful of compilations then serves every expert."""
+    return np.resize(x_RX, (1 << (len(x_RX) - 1).bit_length(), x_RX.shape[1]))
 
 
 def labels_of(batch: Batch) -> Array:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from parity.sides import Side
+from parity.sides import Operations, Side
 from parity.trace import Array, Batch, Trace
 
 __all__ = ["Cost", "Timed"]
@@ -24,6 +24,9 @@ class Cost:
     seconds: float = 0.0
     peak_bytes: int = 0
 
+    def __add__(self, other: "Cost") -> "Cost":
+        return Cost(self.seconds + other.seconds, max(self.peak_bytes, other.peak_bytes))
+
 
 class Timed:
     """Pass every call on to a side and add up what it costs."""
@@ -31,23 +34,30 @@ class Timed:
     def __init__(self, side: Side):
         self.name = side.name
         self.cost = Cost()
-        self._side = side
+        self.side = side
 
     def embed(self, batch: Batch) -> Array:
         """See `Side.embed`."""
-        return self._measured(lambda: self._side.embed(batch))
+        return self._measured(lambda: self.side.embed(batch))
 
     def block(self, layer: int, x_BTD: Array, batch: Batch, routing: Array | None = None) -> Trace:
         """See `Side.block`."""
-        return self._measured(lambda: self._side.block(layer, x_BTD, batch, routing))
+        return self._measured(lambda: self.side.block(layer, x_BTD, batch, routing))
+
+    def operations(self, layer: int, x_BTD: Array, given: Trace, batch: Batch) -> Trace:
+        """See `Operations.operations`; empty for a side that has none."""
+        side = self.side
+        if not isinstance(side, Operations):
+            return Trace()
+        return self._measured(lambda: side.operations(layer, x_BTD, given, batch))
 
     def head(self, x_BTD: Array, batch: Batch) -> Trace:
         """See `Side.head`."""
-        return self._measured(lambda: self._side.head(x_BTD, batch))
+        return self._measured(lambda: self.side.head(x_BTD, batch))
 
     def losses(self, logits: Array, router_logits: Sequence[Array], batch: Batch) -> Trace:
         """See `Side.losses`."""
-        return self._measured(lambda: self._side.losses(logits, router_logits, batch))
+        return self._measured(lambda: self.side.losses(logits, router_logits, batch))
 
     def _measured(self, call: Callable[[], T]) -> T:
         start = time.perf_counter()

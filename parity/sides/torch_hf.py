@@ -21,11 +21,11 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.mixtral import modeling_mixtral as mixtral
 
 from flax_mixtral.config import MixtralConfig
+from parity.metrics import Precision
 from parity.trace import Array, Batch, Trace, expert_rows
 
-__all__ = ["Attention", "Experts", "Precision", "TorchSide", "whole_logits"]
+__all__ = ["Attention", "Experts", "TorchSide", "whole_logits"]
 
-Precision = Literal["float32", "bfloat16"]
 Attention = Literal["eager", "sdpa"]
 Experts = Literal["eager", "grouped_mm", "batched_mm"]
 
@@ -244,6 +244,9 @@ def _recording_attention(attention: str, seen: dict[str, Tensor]) -> Iterator[No
     def record(module: nn.Module, query: Tensor, key: Tensor, *args: Any, **kwargs: Any) -> Any:
         context, weights = delegate(module, query, key, *args, **kwargs)
         seen.update(q_rot=query.transpose(1, 2), k_rot=key.transpose(1, 2), attn_context=context)
+        if weights is not None:  # eager: its scores are not to be had, so they are computed as it does, before the mask
+            keys = mixtral.repeat_kv(key, query.shape[1] // key.shape[1])
+            seen.update(attn_scores=query @ keys.transpose(2, 3) * kwargs["scaling"], attn_probs=weights)
         return context, weights
 
     ALL_ATTENTION_FUNCTIONS[RECORDING] = record

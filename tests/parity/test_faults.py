@@ -2,19 +2,44 @@
 
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from convert import convert
-from parity.faults import FAULTS, Fault, planted
+from convert import Checkpoint, convert
+from parity.controls import CONTROLS
+from parity.drawn import DEFAULT, draw
+from parity.faults import FAULTS, planted
+from parity.metrics import Precision
 from parity.result import Divergence
 from parity.runner import run
+from parity.selftest import passed, selftest
 from tests.checkpoints import write_checkpoint
 
 LAYERS = 4
+COURTS = {
+    "default": (DEFAULT, False),
+    "twelve-layers": (replace(DEFAULT, num_hidden_layers=12, sliding_window=None), False),
+    "sixteen-experts": (replace(DEFAULT, num_local_experts=16, num_experts_per_tok=4, head_dim=16), False),
+    "exact-ties": (replace(DEFAULT, num_local_experts=6), True),
+}
+"""More than ten layers; many experts, and a square query kernel; exact ties; the default has a window."""
+SIX = (
+    "w1-w3-swapped",
+    "rope-interleaved",
+    "norm-eps",
+    "experts-permuted",
+    "router-not-renormalised",
+    "kv-heads-tiled",
+)
+BY_SLUG = {fault.slug: fault for fault in FAULTS}
+QUICK = {
+    "float32": ("residual-from-normed", "causal-mask-missing", "capacity-drop", "points-missing", "lm-head-wrong"),
+    "bfloat16": ("norm-cast-order", "softmax-low-precision", "combine-low-precision"),
+}
 
 
 @pytest.fixture(scope="module")
@@ -31,14 +56,40 @@ def test_without_a_fault_there_is_no_alarm(checkpoint: Path) -> None:
     assert result.exit_code == 0
 
 
-@pytest.mark.parametrize("layer", [0, LAYERS - 2])
-@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.slug)
-def test_each_fault_is_found_where_it_was_planted(checkpoint: Path, fault: Fault, layer: int) -> None:
-    result = run(checkpoint, inputs="quick", flax_side=planted(fault, layer))
+@pytest.mark.parametrize(("slug", "layer"), [(slug, 1 + number % 2) for number, slug in enumerate(SIX)])
+def test_each_fault_is_found_where_it_was_planted(checkpoint: Path, slug: str, layer: int) -> None:
+    result = run(checkpoint, inputs="quick", change=planted(BY_SLUG[slug], layer))
     assert result.exit_code == 1
-    assert result.first_divergence == Divergence(layer, fault.point)
+    first = result.first_divergence
+    assert first is not None
+    assert first.layer == layer
+    assert first.point.replace("expert.0", "expert") in BY_SLUG[slug].shows
     local = {finding.layer for finding in result.findings if finding.mode == "local" and finding.verdict == "fail"}
     assert local == {layer}, "a local comparison blames the block at fault and no other"
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_quick_part_of_the_selftest(checkpoint: Path, dtype: Precision) -> None:
+    faults = [BY_SLUG[slug] for slug in QUICK[dtype]]
+    rows = list(
+        selftest(Checkpoint.open(checkpoint), dtypes=[dtype], inputs="quick", faults=faults, controls=CONTROLS[:1])
+    )
+    assert [row.slug for row in rows] == [CONTROLS[0].slug, *QUICK[dtype]]
+    assert passed(rows), [row for row in rows if not passed([row])]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("name", COURTS)
+def test_the_whole_selftest(name: str, seed: int, tmp_path: Path) -> None:
+    config, tied_routers = COURTS[name]
+    source = Checkpoint.open(draw(tmp_path / "drawn", config, seed=seed, tied_routers=tied_routers))
+    rows = list(selftest(source, seed=seed))
+    assert passed(rows), [row for row in rows if not passed([row])]
+
+
+def test_every_fault_has_a_name_of_its_own() -> None:
+    assert len(BY_SLUG) == len(FAULTS)
 
 
 def test_a_fault_in_the_converted_file_ends_with_exit_1(checkpoint: Path, tmp_path: Path) -> None:

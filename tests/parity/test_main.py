@@ -3,18 +3,41 @@
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
+from parity.__main__ import main
 from parity.points import block_points
 from parity.runner import run
 from tests.checkpoints import write_checkpoint
 
 
-def _parity(*arguments: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "parity", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
+class Done(NamedTuple):
+    """What a command left behind."""
+
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+Parity = Callable[..., Done]
+
+
+@pytest.fixture
+def parity(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Parity:
+    """Run the command in this process, by its entry point."""
+
+    def run_command(*arguments: object) -> Done:
+        monkeypatch.setattr(sys, "argv", ["mixtral-parity", *map(str, arguments)])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        captured = capsys.readouterr()
+        return Done(int(ended.value.code or 0), captured.out, captured.err)
+
+    return run_command
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +48,9 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_run_prints_the_verdict_and_writes_result_json(checkpoint: Path, tmp_path: Path) -> None:
-    done = _parity("run", checkpoint, "--suite", "quick", "--report", tmp_path / "report")
+    command = [sys.executable, "-m", "parity", "run", str(checkpoint), "--suite", "quick"]
+    command += ["--report", str(tmp_path / "report")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "verdict: pass, worst margin" in done.stdout
     assert "\x1b[" not in done.stdout + done.stderr, "no colour and no bar when piped"
@@ -40,8 +65,8 @@ def test_run_prints_the_verdict_and_writes_result_json(checkpoint: Path, tmp_pat
     assert result["environment"]["packages"]["torch"] is not None
 
 
-def test_json_goes_to_stdout_alone(checkpoint: Path) -> None:
-    done = _parity("run", checkpoint, "--suite", "quick", "--json")
+def test_json_goes_to_stdout_alone(checkpoint: Path, parity: Parity) -> None:
+    done = parity("run", checkpoint, "--suite", "quick", "--json")
     assert json.loads(done.stdout)["verdict"] == "pass"
 
 
@@ -59,43 +84,43 @@ def test_every_point_is_compared_in_every_block(checkpoint: Path) -> None:
     assert {f.mode for f in result.findings if f.point == "logits"} == {"local", "propagated", "reference", "whole"}
 
 
-def test_token_ids_from_a_file(checkpoint: Path, tmp_path: Path) -> None:
+def test_token_ids_from_a_file(checkpoint: Path, tmp_path: Path, parity: Parity) -> None:
     ids = tmp_path / "ids.json"
     ids.write_text(json.dumps([[5, 6, 7, 8, 9, 10, 11], [1, 2, 3]]))
-    done = _parity("run", checkpoint, "--input-ids", ids, "--json")
+    done = parity("run", checkpoint, "--input-ids", ids, "--json")
     assert done.returncode == 0, done.stdout[-2000:]
     assert json.loads(done.stdout)["provenance"]["inputs"][0]["real_tokens"] == 10
 
 
 @pytest.mark.parametrize("content", ["[[1, 2], [3, 101]]", "{}", "[]", "[1.5]", "not json", "[[]]"])
-def test_token_ids_that_are_none_are_refused(checkpoint: Path, tmp_path: Path, content: str) -> None:
+def test_token_ids_that_are_none_are_refused(checkpoint: Path, tmp_path: Path, content: str, parity: Parity) -> None:
     ids = tmp_path / "ids.json"
     ids.write_text(content)
-    done = _parity("run", checkpoint, "--input-ids", ids)
+    done = parity("run", checkpoint, "--input-ids", ids)
     assert done.returncode == 3
     assert "ids.json" in done.stderr
     assert "Traceback" not in done.stderr
 
 
-def test_bad_input_is_one_message(checkpoint: Path, tmp_path: Path) -> None:
+def test_bad_input_is_one_message(checkpoint: Path, tmp_path: Path, parity: Parity) -> None:
     write_checkpoint(tmp_path / "other", num_hidden_layers=3)
     for arguments, word in (
         ((tmp_path / "nothing",), "config.json"),
         ((checkpoint, tmp_path / "other"), "num_hidden_layers"),
         ((checkpoint, "--text", "hello"), "tokenizer.json"),
     ):
-        done = _parity("run", *arguments, "--suite", "quick")
+        done = parity("run", *arguments, "--suite", "quick")
         assert done.returncode == 3, (arguments, done.stderr)
         assert word in done.stderr
         assert "Traceback" not in done.stderr
 
 
 @pytest.mark.parametrize("arguments", [("walk",), ("run",), ("run", "x", "--suite", "huge")])
-def test_wrong_usage_is_exit_2(arguments: tuple[str, ...]) -> None:
-    assert _parity(*arguments).returncode == 2
+def test_wrong_usage_is_exit_2(arguments: tuple[str, ...], parity: Parity) -> None:
+    assert parity(*arguments).returncode == 2
 
 
-def test_help_has_examples() -> None:
-    done = _parity("run", "--help")
+def test_help_has_examples(parity: Parity) -> None:
+    done = parity("run", "--help")
     assert done.returncode == 0
     assert "mixtral-parity run torch-checkpoint/ flax-checkpoint/" in done.stdout

@@ -10,7 +10,8 @@ import torch
 import transformers
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from parity.sides.torch_hf import RECORDING, Attention, Experts, Precision, TorchSide, whole_logits
+from parity.metrics import Precision
+from parity.sides.torch_hf import RECORDING, Attention, Experts, TorchSide, whole_logits
 from parity.trace import Array, Batch, Trace
 from tests.parity.both_sides import BATCHES, Both, both_sides
 

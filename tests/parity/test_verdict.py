@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import ml_dtypes
 import numpy as np
 import pytest
 
@@ -10,13 +11,13 @@ from parity.trace import Array
 from parity.verdict import Finding, Place, Verdict, judge, judge_equal, overall
 
 POINT = Point("attn_out", "block", "B T D", "")
-PLACE = Place(3, "local", "batch")
+PLACE = Place(3, "local", "batch", "float32")
 EXACT = np.random.default_rng(0).normal(size=(2, 5, 7))
 TORCH = EXACT.astype(np.float32)
 
 
 def _judge(torch: Array | None, flax: Array | None, exact: Array | None, rows: Array | None = None) -> Finding:
-    return judge("attn_out", POINT, PLACE, torch, flax, exact, dtype="float32", rows=rows)
+    return judge("attn_out", POINT, PLACE, torch, flax, exact, rows=rows)
 
 
 def _with(value: float) -> Array:
@@ -82,3 +83,25 @@ def test_points_without_arithmetic_must_be_equal() -> None:
 def test_the_sum_of_verdicts(verdicts: list[Verdict], expected: Verdict) -> None:
     finding = _judge(TORCH, TORCH, EXACT)
     assert overall([replace(finding, verdict=verdict) for verdict in verdicts]) == expected
+
+
+def test_a_single_bfloat16_operation_must_round_where_torch_does() -> None:
+    torch = EXACT.astype(ml_dtypes.bfloat16)
+    place = Place(3, "operation", "batch", "bfloat16")
+
+    def found(flax: Array) -> Finding:
+        return judge("attn_out", POINT, place, torch, flax, EXACT)
+
+    assert found(torch).unequal == 0
+    twice = np.nextafter(torch, ml_dtypes.bfloat16(9))
+    twice[1:] = torch[1:]  # one rounding off in half of the elements: no margin shows it
+    assert found(twice).verdict == "fail"
+    assert "not rounded as torch's" in (found(twice).reason or "")
+    assert judge("attn_out", POINT, replace(place, mode="local"), torch, twice, EXACT).verdict == "pass"
+
+
+def test_what_informs_does_not_decide() -> None:
+    failed = _judge(TORCH, _with(9), EXACT)
+    assert overall([failed, _judge(TORCH, TORCH, EXACT)]) == "fail"
+    assert overall([replace(failed, decides=False), _judge(TORCH, TORCH, EXACT)]) == "pass"
+    assert overall([replace(failed, decides=False)]) == "unchecked"

@@ -1,0 +1,161 @@
+"""How a fault gets into a port: through its weights, its configuration, a function, its input or its recording."""
+
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
+from types import ModuleType
+from typing import Any, Literal
+from unittest import mock
+
+import jax
+
+from flax_mixtral.config import MixtralConfig
+from parity.metrics import Precision
+from parity.port import Port
+from parity.sides.flax import FlaxSide, run_block
+from parity.sides.flax_operations import block_operations, expert_operations
+from parity.trace import Array, Batch, Trace
+
+__all__ = ["Fault", "Weights", "planted"]
+
+Weights = Mapping[str, Array]
+Functions = tuple[tuple[Callable[..., Any], Callable[..., Any]], ...]
+
+
+def _same_leaf(config: MixtralConfig, weights: Weights, leaf: str) -> Array:
+    return weights[leaf]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fault:
+    """One fault of the catalogue.
+
+    Args:
+        slug: its name.
+        shows: the points that may show it first; "expert.gate" stands for that of any expert.
+        place: whether it is planted into one layer, into the head, or into the model as a whole.
+        dtypes: where it exists.
+        weights: gives a leaf as the fault has it, from the configuration, all leaves and the leaf's path.
+        config: changes the configuration.
+        functions: pairs of a function of flax_mixtral and what takes its place.
+        batch: changes what the side is fed.
+        trace: changes what the side records, in place.
+        applies: whether a configuration can have the fault at all.
+        unchecked: whether "unchecked" is the right verdict, there being nothing to compare.
+        fixed_layer: the layer that shows a fault of the whole model, where it is not the embedding or the head.
+    """
+
+    slug: str
+    shows: tuple[str, ...]
+    place: Literal["layer", "head", "model"] = "layer"
+    dtypes: tuple[Precision, ...] = ("float32", "bfloat16")
+    weights: Callable[[MixtralConfig, Weights, str], Array] = _same_leaf
+    config: Callable[[MixtralConfig], MixtralConfig] = lambda config: config
+    functions: Functions = ()
+    batch: Callable[[Batch], Batch] = lambda batch: batch
+    trace: Callable[[Trace], None] = field(default=lambda trace: None)
+    applies: Callable[[MixtralConfig], bool] = lambda config: True
+    unchecked: bool = False
+    fixed_layer: int | None = None
+
+
+def planted(fault: Fault, layer: int) -> Callable[[Port], Port]:
+    """Give the change that puts a fault into a port; `layer` counts for faults of one layer."""
+
+    def change(port: Port) -> Port:
+        where = f"layers.{layer}." if fault.place == "layer" else ""
+        weights = port.weights
+        if fault.weights is not _same_leaf:
+            weights = PlantedWeights(fault, port.config, weights, where)
+        return replace(port, weights=weights, side=lambda config, weights: _PlantedSide(fault, layer, config, weights))
+
+    return change
+
+
+class PlantedWeights(Mapping[str, Array]):
+    """Weights as a fault has them, in one layer or everywhere."""
+
+    def __init__(self, fault: Fault, config: MixtralConfig, weights: Weights, where: str):
+        self._fault, self._config, self._weights, self._where = fault, config, weights, where
+
+    def __getitem__(self, leaf: str) -> Array:
+        if self._where in leaf:
+            return self._fault.weights(self._config, self._weights, leaf)
+        return self._weights[leaf]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._weights)
+
+    def __len__(self) -> int:
+        return len(self._weights)
+
+
+@contextmanager
+def replaced(functions: Functions) -> Iterator[None]:
+    """Put substitutes wherever flax_mixtral and the Flax side hold the originals, modules and methods alike."""
+    with ExitStack() as stack:
+        for original, substitute in functions:
+            for holder, name in _holders(original):
+                stack.enter_context(mock.patch.object(holder, name, substitute))
+        yield
+
+
+def _holders(original: Callable[..., Any]) -> Iterator[tuple[ModuleType | type, str]]:
+    if "." in original.__qualname__:
+        owner, name = original.__qualname__.split(".")
+        yield getattr(sys.modules[original.__module__], owner), name
+        return
+    for module in list(sys.modules.values()):
+        own = module.__name__.startswith(("flax_mixtral.", "parity.sides.flax"))
+        if own and getattr(module, original.__name__, None) is original:
+            yield module, original.__name__
+
+
+class _FaultySide(FlaxSide):
+    """The Flax side with a fault in every layer."""
+
+    def __init__(self, fault: Fault, config: MixtralConfig, weights: Weights):
+        super().__init__(fault.config(config), weights)
+        if fault.functions:  # functions of its own, since jit finds the healthy side's compilation by the function
+            self._run_block = jax.jit(lambda *given: run_block(*given))
+            self._run_operations = jax.jit(lambda *given: block_operations(*given))
+            self._run_expert_operations = jax.jit(lambda *given: expert_operations(*given), static_argnums=3)
+
+
+class _PlantedSide(FlaxSide):
+    """The Flax side with a fault in one layer, in the head, or in what the whole model is fed."""
+
+    def __init__(self, fault: Fault, layer: int, config: MixtralConfig, weights: Weights):
+        super().__init__(config, weights)
+        self._fault, self._layer = fault, layer
+        self._faulty = _FaultySide(fault, config, weights)
+
+    def embed(self, batch: Batch) -> Array:
+        """See `Side.embed`."""
+        return super().embed(self._fault.batch(batch) if self._fault.place == "model" else batch)
+
+    def block(self, layer: int, x_BTD: Array, batch: Batch, routing: Array | None = None) -> Trace:
+        """See `Side.block`."""
+        if layer != self._layer or self._fault.place != "layer":
+            return super().block(layer, x_BTD, batch, routing)
+        with replaced(self._fault.functions):
+            trace = self._faulty.block(layer, x_BTD, self._fault.batch(batch), routing)
+        self._fault.trace(trace)
+        return trace
+
+    def operations(self, layer: int, x_BTD: Array, given: Trace, batch: Batch) -> Trace:
+        """See `Operations.operations`."""
+        if layer != self._layer or self._fault.place != "layer":
+            return super().operations(layer, x_BTD, given, batch)
+        with replaced(self._fault.functions):
+            trace = self._faulty.operations(layer, x_BTD, given, self._fault.batch(batch))
+        self._fault.trace(trace)
+        return trace
+
+    def head(self, x_BTD: Array, batch: Batch) -> Trace:
+        """See `Side.head`."""
+        if self._fault.place != "head":
+            return super().head(x_BTD, batch)
+        with replaced(self._fault.functions):
+            return super().head(x_BTD, batch)

@@ -1,0 +1,28 @@
+"""What is tested: a configuration, weights, and a side built from them."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from flax_mixtral.config import MixtralConfig
+from parity.sides import Side
+from parity.sides.flax import FlaxSide
+from parity.trace import Array
+
+__all__ = ["FlaxFactory", "Port"]
+
+FlaxFactory = Callable[[MixtralConfig, Mapping[str, Array]], Side]
+
+
+@dataclass(frozen=True, slots=True)
+class Port:
+    """A Flax Mixtral under test.
+
+    Args:
+        config: as its config.json says.
+        weights: its leaves by dotted path, as they are on disk.
+        side: builds the side from both; the weights it gets are those of the port, in the dtype to compute in.
+    """
+
+    config: MixtralConfig
+    weights: Mapping[str, Array]
+    side: FlaxFactory = FlaxSide

@@ -1,0 +1,33 @@
+"""The table of a selftest: found and placed per fault, false alarms per control."""
+
+from collections.abc import Sequence
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from parity.selftest import Alarm, Trial
+
+__all__ = ["render"]
+
+
+def render(rows: Sequence[Trial | Alarm]) -> RenderableType:
+    """Show one line for each fault and control, and the sums."""
+    trials = [row for row in rows if isinstance(row, Trial)]
+    alarms = [row for row in rows if isinstance(row, Alarm)]
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    for heading in ("fault or control", "in", "found", "placed", "at", "margin"):
+        table.add_column(heading, justify="right" if heading == "margin" else "left")
+    for trial in trials:
+        table.add_row(trial.slug, trial.dtype, _yes(trial.found), _yes(trial.placed), trial.at, f"{trial.margin:.3g}")
+    for alarm in alarms:
+        verdict = Text("false alarm", style="red") if alarm.false_alarm else Text("silent", style="green")
+        table.add_row(alarm.slug, alarm.dtype, verdict, "", alarm.at, f"{alarm.margin:.3g}")
+    found, placed = sum(trial.found for trial in trials), sum(trial.placed for trial in trials)
+    false = sum(alarm.false_alarm for alarm in alarms)
+    text = f"{len(trials)} faults planted: {found} found, {placed} placed; {len(alarms)} controls: {false} false alarms"
+    return Group(table, Text(), Text(text, style="bold"))
+
+
+def _yes(right: bool) -> Text:
+    return Text("yes", style="green") if right else Text("NO", style="bold red")

@@ -1,0 +1,184 @@
+"""The harness on trial: every known fault planted, every benign variant run, and what was made of each."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from convert import Checkpoint
+from flax_mixtral.config import MixtralConfig
+from parity.controls import CONTROLS, Control
+from parity.faults import FAULTS
+from parity.inputs import Suite, suite
+from parity.metrics import Precision
+from parity.oracle import Oracle
+from parity.planting import Fault, planted
+from parity.port import Port
+from parity.result import Divergence, Result
+from parity.runner import ATTENTION, EXPERTS
+from parity.sides.remembering import Remembering
+from parity.sides.torch_hf import TorchSide
+from parity.trace import Batch
+from parity.walk import Sides, Walk
+from parity.weights import Difference, Rounded, compare_configs, compare_weights
+
+__all__ = ["Alarm", "Trial", "passed", "selftest", "steps", "to_json"]
+
+
+@dataclass(frozen=True, slots=True)
+class Trial:
+    """What the harness made of one planted fault.
+
+    Args:
+        slug: the fault.
+        dtype: what both sides computed in.
+        layer: where it was planted; None in the head or the model as a whole.
+        found: whether the verdict was not "pass".
+        placed: whether the first divergence was at its layer and at a point that shows it.
+        at: where it was placed, as "layer point".
+        margin: the largest of the deciding margins.
+    """
+
+    slug: str
+    dtype: Precision
+    layer: int | None
+    found: bool
+    placed: bool
+    at: str
+    margin: float
+
+
+@dataclass(frozen=True, slots=True)
+class Alarm:
+    """What the harness made of one benign variant: no alarm is right."""
+
+    slug: str
+    dtype: Precision
+    false_alarm: bool
+    at: str
+    margin: float
+
+
+class Court:
+    """One checkpoint, one dtype and the reference, which is computed once for all trials.
+
+    Args:
+        source: the checkpoint.
+        batches: the inputs.
+        dtype: what both sides compute in.
+    """
+
+    def __init__(self, source: Checkpoint, batches: Sequence[Batch], dtype: Precision):
+        self.source, self.batches, self.dtype = source, batches, dtype
+        self._leaves = source.view("flax")
+        self._torch: dict[tuple[str, str], Remembering] = {}
+        self._oracle = Remembering(Oracle(source.config, Rounded(source.view("hf-legacy"), dtype)))
+
+    def examine(self, change: Callable[[Port], Port], attention: str = ATTENTION, experts: str = EXPERTS) -> Result:
+        """Run the walk on a changed port."""
+        port = change(Port(self.source.config, self._leaves))
+        differences: list[Difference] = compare_configs(self.source.config, port.config)
+        if port.weights is not self._leaves:
+            differences += compare_weights(self._leaves, port.weights, lambda leaf: None)[1]
+        flax = port.side(port.config, Rounded(port.weights, self.dtype))
+        sides = Sides(self._reference(attention, experts), flax, self._oracle)
+        walk = Walk(self.source.config, sides, self.batches, dtype=self.dtype)
+        return Result(list(walk.run()), walk.routing, differences, 0, (), self.dtype, {}, {}, {})
+
+    def _reference(self, attention: str, experts: str) -> Remembering:
+        if (attention, experts) not in self._torch:
+            side = TorchSide(
+                self.source.config,
+                self.source.raw_config,
+                Rounded(self.source.view("hf-fused"), self.dtype),
+                dtype=self.dtype,
+                attention=attention,  # type: ignore[arg-type]  # checked by transformers
+                experts=experts,  # type: ignore[arg-type]  # as above
+            )
+            self._torch[attention, experts] = Remembering(side)
+        return self._torch[attention, experts]
+
+
+def selftest(
+    source: Checkpoint,
+    *,
+    dtypes: Sequence[Precision] = ("float32", "bfloat16"),
+    inputs: Suite = "standard",
+    seed: int = 0,
+    faults: Sequence[Fault] = FAULTS,
+    controls: Sequence[Control] = CONTROLS,
+    layer: int | None = None,
+) -> Iterator[Trial | Alarm]:
+    """Plant every fault that a configuration can have, and run every control.
+
+    Args:
+        source: the checkpoint.
+        dtypes: a fault is planted in those where it exists.
+        inputs: the suite.
+        seed: of its token ids.
+        faults: which.
+        controls: which.
+        layer: where faults of one layer go; the middle one unless given.
+
+    Yields:
+        One verdict on each, as soon as it is there.
+    """
+    config = source.config
+    where = config.num_hidden_layers // 2 if layer is None else layer
+    batches = suite(inputs, config, seed)
+    for dtype in dtypes:
+        court = Court(source, batches, dtype)
+        for control in controls:
+            result = court.examine(control.change, control.attention, control.experts)
+            yield Alarm(control.slug, dtype, result.verdict != "pass", _at(result), _worst(result))
+        for fault in faults:
+            if dtype in fault.dtypes and fault.applies(config):
+                yield _try(court, fault, where, config)
+
+
+def steps(config: MixtralConfig, dtypes: Sequence[Precision]) -> int:
+    """Count the rows of a selftest of everything."""
+    planted_rows = sum(dtype in fault.dtypes and fault.applies(config) for dtype in dtypes for fault in FAULTS)
+    return planted_rows + len(dtypes) * len(CONTROLS)
+
+
+def passed(rows: Sequence[Trial | Alarm]) -> bool:
+    """Say whether every fault was found and placed, and nothing else accused."""
+    return all(row.found and row.placed if isinstance(row, Trial) else not row.false_alarm for row in rows)
+
+
+def _try(court: Court, fault: Fault, where: int, config: MixtralConfig) -> Trial:
+    layer = {"layer": where, "head": None, "model": fault.fixed_layer}[fault.place]
+    if fault.slug == "hidden-state-after-norm":
+        layer = where = config.num_hidden_layers - 1
+    result = court.examine(planted(fault, where))
+    first = _first(result)
+    found = result.verdict == ("unchecked" if fault.unchecked else "fail")
+    placed = first is not None and first.layer == layer and _kind(first.point) in fault.shows
+    return Trial(fault.slug, court.dtype, layer, found, placed, _at(result), _worst(result))
+
+
+def _first(result: Result) -> Divergence | None:
+    """Give where the sides part first, or the first point that could not be checked."""
+    unchecked = (f for f in result.findings if f.verdict == "unchecked" and f.decides)
+    missing = next((Divergence(f.layer, f.point) for f in unchecked), None)
+    return result.first_divergence or missing
+
+
+def _at(result: Result) -> str:
+    first = _first(result)
+    return "" if first is None else f"{'' if first.layer is None else first.layer} {first.point}".strip()
+
+
+def _worst(result: Result) -> float:
+    return 0.0 if result.worst is None or result.worst.margin is None else result.worst.margin
+
+
+def _kind(point: str) -> str:
+    """Take the number out of an expert's point."""
+    parts = point.split(".")
+    return f"expert.{parts[2]}" if parts[0] == "expert" else point
+
+
+def to_json(row: Trial | Alarm) -> dict[str, Any]:
+    """Give a row as JSON holds it."""
+    return asdict(row)
