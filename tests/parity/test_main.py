@@ -32,10 +32,13 @@ def parity(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) 
 
     def run_command(*arguments: object) -> Done:
         monkeypatch.setattr(sys, "argv", ["mixtral-parity", *map(str, arguments)])
-        with pytest.raises(SystemExit) as ended:
+        code = 0
+        try:
             main()
+        except SystemExit as ended:
+            code = int(ended.code or 0)
         captured = capsys.readouterr()
-        return Done(int(ended.value.code or 0), captured.out, captured.err)
+        return Done(code, captured.out, captured.err)
 
     return run_command
 
