@@ -3,6 +3,7 @@
 A hypothesis explains a point where Flax is as near to its answer as torch is to the exact one. Imports parity's own.
 """
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -35,7 +36,7 @@ class Explanation:
     Args:
         hypothesis: its row.
         change: its form.
-        fit: at the point that was asked about.
+        fit: at the failing point.
         explained: the failing points that it explains.
     """
 
@@ -97,7 +98,7 @@ def replay(
         ops=BASE_OPS[dtype],
     )
     own = replace(block, inputs=torch, observed=torch, ids_MA=torch["router_ids"])
-    return _Diagnosis(Gauge(block, own), tuple(block_names(config))).causes(point)
+    return _Diagnosis(Gauge(block, own), tuple(block_names(config))).causes(point, layer)
 
 
 def replay_head(
@@ -145,10 +146,10 @@ class _Diagnosis:
     gauge: Gauge
     names: tuple[str, ...]
 
-    def causes(self, point: str | None, layer: int | None = -1) -> list[Cause]:
+    def causes(self, point: str | None, layer: int | None) -> list[Cause]:
         """Explain the failing operations one after the other."""
-        where = self.gauge.flax.layer if layer == -1 else layer
-        failing = [name for name in self.names if name == point or self.gauge.plain(name).margin > self.limit]
+        offered = [name for name in self.names if name in self.gauge.flax.observed.arrays]
+        failing = [name for name in offered if name == point or self.gauge.plain(name).margin > self.limit]
         causes: list[Cause] = []
         unexplained: list[tuple[str, str]] = []
         while failing:
@@ -156,15 +157,17 @@ class _Diagnosis:
             assert first is not None
             found, tried = self._explain(first, failing)
             if found:
-                causes += self._named(found, first, where)
+                causes += self._named(found, first, layer)
                 covered = {kind for each in found for kind in each.change.covers}
                 explained = frozenset.union(*(each.explained for each in found))
                 failing = [name for name in failing if name not in explained and kind_of(name) not in covered]
             else:
                 unexplained.append((first, _ruled_out(tried)))
                 failing.remove(first)
+        if causes:  # a point that failed for what came before it, and is itself within the noise, needs no cause
+            unexplained = [each for each in unexplained if self.gauge.plain(each[0]).margin > self.limit]
         if unexplained:
-            causes.append(self._unknown(unexplained, where))
+            causes.append(self._unknown(unexplained, layer))
         return causes
 
     @property
@@ -222,7 +225,7 @@ class _Diagnosis:
 
     def _explains(self, fit: Fit, name: str, hypothesis: Hypothesis) -> bool:
         clearly = fit.pooled <= self.gauge.plain(name).pooled / CLEARLY
-        return clearly and (hypothesis.rounding or fit.margin <= self.limit)
+        return math.isfinite(fit.margin) and clearly and (hypothesis.rounding or fit.margin <= self.limit)
 
     def _named(self, found: Sequence[Explanation], first: str, layer: int | None) -> Iterator[Cause]:
         plain = self.gauge.plain(first)

@@ -33,11 +33,10 @@ NOISE = (1e-5, 0.5)
 
 def window(block: Block) -> int | None:
     """Find the first query whose context is wrong: the window, counted in keys from its row's first real one."""
-    observed = block.observed.arrays.get("attn_context")
-    right_BTNH = compute(block, "attn_context")
-    if observed is None or observed.shape != right_BTNH.shape:
+    if (pair := _pair(block, "attn_context")) is None:
         return None
-    error_BT = _rms(observed.astype(np.float64) - right_BTNH, (2, 3)) / _rms(right_BTNH, (2, 3))
+    observed_BTNH, right_BTNH = pair
+    error_BT = _rms(observed_BTNH - right_BTNH, (2, 3)) / _rms(right_BTNH, (2, 3))
     wrong_BT = block.batch.real_BT & ~(error_BT < EXACTLY[block.dtype])
     found = [
         int(wrong_T.argmax() - real_T.argmax())
@@ -59,11 +58,10 @@ def permuted_experts(block: Block) -> Iterable[Change]:
 
         at = ("expert.gate", "expert.up", "expert.down", "moe_out")
         yield Change(f"experts in the order {order}", block=reweighted(give), at=at)
-    observed = block.observed.arrays.get("router_logits")
-    right_ME = compute(block, "router_logits")
-    if observed is None or observed.shape != right_ME.shape or not np.isfinite(observed.astype(np.float64)).all():
+    if (pair := _pair(block, "router_logits")) is None:
         return
-    distances_EE = _rms(observed.astype(np.float64)[:, :, None] - right_ME[:, None, :], 0)
+    observed_ME, right_ME = (x_ME[block.batch.real_M] for x_ME in pair)
+    distances_EE = _rms(observed_ME[:, :, None] - right_ME[:, None, :], 0)
     order = [int(source) for source in distances_EE.argmin(axis=1)]
     if order != sorted(order) and sorted(order) == list(range(len(order))):
         yield Change(
@@ -75,11 +73,11 @@ def permuted_experts(block: Block) -> Iterable[Change]:
 
 def _recognised(block: Block, expert: int) -> int:
     """Say whose gate projection gives an expert's recorded output."""
-    observed = block.observed.arrays.get(f"expert.{expert}.gate")
-    if observed is None or len(observed) == 0:
+    pair = _pair(block, f"expert.{expert}.gate")
+    if pair is None or len(pair[0]) == 0:
         return expert
     x_RD = block.states_MD()[block.observed.rows[expert][:PROBED_ROWS]]
-    gate_RF = observed[:PROBED_ROWS].astype(np.float64)
+    gate_RF = pair[0][:PROBED_ROWS]
     distances = [
         _rms(exact.project(x_RD, block.weight(f"block_sparse_moe.experts.{source}.w1")) - gate_RF, None)
         for source in range(block.config.num_local_experts)
@@ -120,13 +118,13 @@ def _missing(block: Block) -> tuple[Array, Array]:
     np.put_along_axis(used_ME, block.ids_MA, True, axis=1)
     used_ME &= real_M[:, None]
     missing_ME = np.zeros_like(used_ME)
-    right_MD = compute(block, "moe_out").reshape(len(real_M), -1)
-    observed_MD = block.observed["moe_out"].reshape(right_MD.shape).astype(np.float64)
+    pair = _pair(block, "moe_out")
+    if A > MOST_CHOSEN or pair is None:
+        return used_ME, missing_ME
+    observed_MD, right_MD = (x.reshape(len(real_M), -1) for x in pair)
     lacking_MD = right_MD - observed_MD
     limit_M = EXACTLY[block.dtype] * _rms(right_MD, 1)
     wrong_M = real_M & (_rms(lacking_MD, 1) > limit_M)
-    if A > MOST_CHOSEN:
-        return used_ME, missing_ME
     parts_MAD = _contributions(block)
     for token in np.flatnonzero(wrong_M):
         for count in range(1, A + 1):
@@ -157,15 +155,16 @@ def jitter(block: Block) -> Iterable[Change]:
     Such noise of variance s^2 gives token m a logit error of covariance s^2 W diag(x_m^2) W^T. Whitened by that, the
     errors must have one variance for all tokens, as chi^2 scatters, and no mean for any expert.
     """
-    observed = block.observed.arrays.get("router_logits")
     kernel_ED, x_MD = block.weight("block_sparse_moe.gate").astype(np.float64), block.states_MD()
-    right_ME = compute(block, "router_logits")
-    real = block.batch.real_M
-    if observed is None or observed.shape != right_ME.shape or not np.isfinite(observed.astype(np.float64)[real]).all():
+    pair, real = _pair(block, "router_logits"), block.batch.real_M
+    if pair is None or not np.isfinite(pair[0][real]).all():
         return
-    error_XE, x_XD = (observed.astype(np.float64) - right_ME)[real], x_MD[real]
+    error_XE, x_XD = (pair[0] - pair[1])[real], x_MD[real]
     covariance_XEE = np.einsum("ed,xd,fd->xef", kernel_ED, x_XD**2, kernel_ED, optimize=True)
-    white_XE = np.linalg.solve(np.linalg.cholesky(covariance_XEE), error_XE[:, :, None])[:, :, 0]
+    try:
+        white_XE = np.linalg.solve(np.linalg.cholesky(covariance_XEE), error_XE[:, :, None])[:, :, 0]
+    except np.linalg.LinAlgError:
+        return  # two experts with one row have one error, which says nothing
     X, E = white_XE.shape
     size = float(_rms(white_XE, None))
     per_token_X = (white_XE**2).mean(axis=1) / max(size**2, 1e-300)
@@ -195,6 +194,18 @@ def any_head(block: Block) -> Iterable[Change]:
         fitted_DV = np.linalg.lstsq(x_MD, logits_MV, rcond=None)[0]
         detail = f"some other matrix as head, fitted with {x_MD.shape[1]} unknowns to {len(x_MD)} tokens"
         yield Change(detail, {"project": lambda x, kernel: x @ fitted_DV})
+
+
+def _pair(block: Block, point: str) -> tuple[Array, Array] | None:
+    """Give a point as observed and as it should be; None where it is missing or of another shape."""
+    observed = block.observed.arrays.get(point)
+    try:
+        right = compute(block, point)
+    except (KeyError, ValueError, IndexError):
+        return None
+    if observed is None or observed.shape != right.shape:
+        return None
+    return observed.astype(np.float64), right
 
 
 def _rms(x: Array, axis: int | tuple[int, ...] | None) -> Array:

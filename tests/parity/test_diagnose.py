@@ -129,7 +129,7 @@ def plain_softmax(x: Array) -> Array:
 
 def nan_softmax(scores: Array, visible: Array) -> Array:
     with np.errstate(invalid="ignore"):
-        return plain_softmax(scores + np.log(visible[:, None].astype(scores.dtype) + 0.0))
+        return plain_softmax(np.where(visible[:, None], scores, np.float32(-np.inf)))
 
 
 def low_softmax(scores: Array, visible: Array) -> Array:
@@ -436,6 +436,19 @@ def test_a_fault_that_is_not_in_the_table_is_unknown(scene: Callable[..., Scene]
     causes = case.causes(case.fake(mix=lambda weights, v: EXACT.mix(weights**2, v)))
     assert [(cause.fault, cause.point) for cause in causes] == [("unknown", "attn_context")]
     assert "ruled out: " in causes[0].evidence
+
+
+def test_what_a_side_does_not_record_is_no_cause_and_hides_none(scene: Callable[..., Scene]) -> None:
+    case = scene()
+    trace = case.fake(**OPS["kv-heads-tiled"]).block(LAYER, case.x_BTD, case.batch)
+    for name in ("input_norm", "k", "q_rot", "router_probs", "moe_out", "expert.1.down"):
+        del trace.arrays[name]
+    trace.arrays["router_logits"] = trace.arrays["router_logits"][:, :4]
+    causes = replay(case.config, case.legacy, case.batch, LAYER, case.x_BTD, case.torch, trace, dtype="float32")
+    assert [(cause.fault, cause.point) for cause in causes[:2]] == [
+        ("kv-heads-tiled", "attn_context"),
+        ("unknown", "router_logits"),
+    ]
 
 
 def test_two_faults_in_one_block_are_both_named(scene: Callable[..., Scene]) -> None:
