@@ -61,6 +61,24 @@ class Checkpoint:
         checkpoint._check_tied_copies()
         return checkpoint
 
+    @classmethod
+    def of_arrays(cls, config: MixtralConfig, arrays: Mapping[str, NDArray[Any]], what: str = "arrays") -> "Checkpoint":
+        """See arrays in memory as a checkpoint: weights, or anything else that has one value for each of them.
+
+        Args:
+            config: the model that they belong to.
+            arrays: by the names, and in the shapes, of any layout or of several.
+            what: how an error calls them.
+
+        Raises:
+            TensorMismatch: as `open`.
+        """
+        files = WeightFiles.of_arrays(arrays)
+        contents, wrong = recognise(config, files.headers)
+        if wrong:
+            raise TensorMismatch(explain(config, wrong, files.headers, what))
+        return cls(Path(what), config, config.to_hf(), files, contents)
+
     @property
     def layout(self) -> str:
         """The layout of all tensors, or "mixed"."""

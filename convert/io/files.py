@@ -1,12 +1,15 @@
 """Find the weight files of a checkpoint directory and collect their headers; nothing outside it is opened.
 
-Imports the standard library and convert's reader.
+Imports the standard library, NumPy and convert's reader.
 """
 
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Protocol
+
+from numpy.typing import NDArray
 
 from convert.errors import TensorMismatch, UnreadableCheckpoint
 from convert.io.json_strict import read_object
@@ -16,15 +19,27 @@ from convert.layouts import LAYOUTS
 __all__ = ["WeightFiles", "find_weights", "inside"]
 
 
+class Tensors(Protocol):
+    """What tensors are read from: a file's reader, or a mapping in memory."""
+
+    def __getitem__(self, name: str, /) -> NDArray[Any]: ...
+
+
 @dataclass(frozen=True)
 class WeightFiles:
     """The readers of all weight files, and which of them holds each tensor."""
 
-    readers: dict[str, Reader]
+    readers: Mapping[str, Tensors]
     homes: dict[str, str]
     headers: Mapping[str, Header]
 
-    def reader(self, tensor: str) -> Reader:
+    @classmethod
+    def of_arrays(cls, arrays: Mapping[str, NDArray[Any]]) -> "WeightFiles":
+        """Give arrays in memory the face of one file."""
+        headers = {name: Header(array.dtype, array.shape, 0) for name, array in arrays.items()}
+        return cls({"memory": arrays}, dict.fromkeys(arrays, "memory"), headers)
+
+    def reader(self, tensor: str) -> Tensors:
         """Give the file that holds a tensor."""
         return self.readers[self.homes[tensor]]
 

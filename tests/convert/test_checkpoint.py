@@ -88,3 +88,24 @@ def test_a_view_of_one_expert_keeps_its_axis(layout: str, tmp_path: Path) -> Non
     write_checkpoint(tmp_path / "hf", num_local_experts=1, num_experts_per_tok=1)
     view = Checkpoint.open(tmp_path / "hf").view(layout)
     assert {name: view[name].shape for name in view} == {name: view.shape(name) for name in view}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_arrays_in_memory_are_seen_in_every_layout(layout: str, folder: Path) -> None:
+    checkpoint = Checkpoint.open(folder / layout)
+    arrays = {name: 2 * array.astype(np.float64) for name, array in checkpoint.view(layout).items()}
+    again = Checkpoint.of_arrays(checkpoint.config, arrays)
+
+    assert again.layout == layout
+    for other in LAYOUTS:
+        for name, array in again.view(other).items():
+            np.testing.assert_array_equal(array, 2 * checkpoint.view(other)[name].astype(np.float64))
+
+
+def test_arrays_in_memory_that_do_not_fit_are_refused(folder: Path) -> None:
+    checkpoint = Checkpoint.open(folder / "flax")
+    arrays = dict(checkpoint.view("flax"))
+    del arrays["model.final_norm.scale"]
+
+    with pytest.raises(TensorMismatch, match=r"gradients: .*\n.*missing:\n.*final_norm"):
+        Checkpoint.of_arrays(checkpoint.config, arrays, "gradients")
