@@ -13,7 +13,9 @@ import numpy.typing as npt
 
 from flax_mixtral.config import Architecture, MixtralConfig
 from parity import oracle_math as exact
+from parity.gradients import Gradients
 from parity.oracle_activations import ACTIVATIONS
+from parity.oracle_backward import differentiate
 from parity.oracle_rope import inverse_frequencies, rope_tables, rotate_half
 from parity.trace import Array, Batch, Trace, expert_rows, routed
 
@@ -175,6 +177,14 @@ class Oracle:
         loss = next_token_loss(logits.astype(self.dtype), batch)
         router_LME = [logits_ME.astype(self.dtype) for logits_ME in router_logits]
         return Trace({"loss": loss, "aux_loss": self._load_balancing_loss(router_LME, batch)})
+
+    def gradients(self, batch: Batch, labels_BT: Array, routing: Sequence[Array] | None = None) -> Gradients:
+        """See `Differentiable.gradients`; under Hugging Face's legacy names. Made for `EXACT` operations only."""
+        return differentiate(self, batch, labels_BT, routing)
+
+    def weight(self, name: str) -> Array:
+        """Give a tensor by its legacy name, as it is stored."""
+        return self._weights[name]
 
     def _attention(self, layer: int, x_BTD: Array, batch: Batch, trace: Trace) -> None:
         """Record the points from `input_norm` to `resid_mid`."""
