@@ -66,6 +66,7 @@ def cli() -> None:
 @click.option("--input-ids", type=click.Path(path_type=Path), help="JSON list of token ids (or of lists) instead.")
 @click.option("--text", help="Text instead, through the checkpoint's tokenizer.")
 @click.option("--seed", default=0, show_default=True, help="Of the suite's token ids.")
+@click.option("--grad", is_flag=True, help="Compare the gradients of the training loss too; whole models in memory.")
 @click.option("--report", type=click.Path(path_type=Path), help="Directory for result.json.")
 @click.option("--json", "as_json", is_flag=True, help="Print result.json instead of the table.")
 def run(
@@ -76,6 +77,7 @@ def run(
     input_ids: Path | None,
     text: str | None,
     seed: int,
+    grad: bool,
     report: Path | None,
     as_json: bool,
 ) -> None:
@@ -92,7 +94,7 @@ def run(
     from parity.runner import run as run_parity  # after the inputs are known to be good: it loads JAX and torch
 
     with _progress_bar() as progress:
-        result = run_parity(src, flax, dtype=dtype, inputs=inputs, seed=seed, progress=progress)
+        result = run_parity(src, flax, dtype=dtype, inputs=inputs, seed=seed, grad=grad, progress=progress)
     rendered = json_report.render(result)
     if report is not None:
         report.mkdir(parents=True, exist_ok=True)

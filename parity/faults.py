@@ -5,6 +5,7 @@ Slugs and order are those of the catalogue in docs/diagnosing.md.
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 
@@ -13,14 +14,19 @@ from flax_mixtral.config import MixtralConfig
 from flax_mixtral.decoder import DecoderBlock
 from parity import faulty_ops as wrong
 from parity.metrics import Precision
-from parity.planting import Fault, Weights, planted
+from parity.planting import Fault, Functions, Weights, planted
 from parity.sides import flax_operations
+from parity.sides.flax import FlaxSide
 from parity.trace import Array, Batch, Trace
 
 __all__ = ["FAULTS", "Fault", "planted"]
 
 F32: tuple[Precision, ...] = ("float32",)
 BF16: tuple[Precision, ...] = ("bfloat16",)
+
+
+def _instead(*pairs: tuple[Callable[..., Any], Callable[..., Any]]) -> Callable[[MixtralConfig], Functions]:
+    return lambda config: pairs
 
 
 def _exchanged(one: str, other: str) -> dict[str, str]:
@@ -105,22 +111,21 @@ def _other_first_token(batch: Batch) -> Batch:
     return replace(batch, input_ids=ids_BT)
 
 
-def _without(name: str) -> Callable[[Trace], None]:
-    def trace(trace: Trace) -> None:
+def _without(name: str) -> Callable[[Trace, FlaxSide, Batch], None]:
+    def trace(trace: Trace, side: FlaxSide, batch: Batch) -> None:
         trace.arrays.pop(name, None)
 
     return trace
 
 
-def _renamed(trace: Trace) -> None:
+def _renamed(trace: Trace, side: FlaxSide, batch: Batch) -> None:
     """Keep what the walk goes on with, and give every other point a name that nobody compares."""
     kept = ("resid_out",)
     trace.arrays = {name if name in kept else f"own.{name}": array for name, array in trace.arrays.items()}
 
 
-def _normed(trace: Trace) -> None:
-    out = trace.arrays["resid_out"]
-    trace.arrays["resid_out"] = out / np.sqrt(np.mean(out.astype(np.float32) ** 2, -1, keepdims=True)).astype(out.dtype)
+def _normed(trace: Trace, side: FlaxSide, batch: Batch) -> None:
+    trace.arrays["resid_out"] = side.head(trace["resid_out"], batch)["final_norm"]
 
 
 def _other_activation(config: MixtralConfig) -> MixtralConfig:
@@ -191,45 +196,53 @@ NORMS = (
     Fault(
         slug="norm-cast-order",
         shows=("input_norm",),
-        functions=((norm.rms_norm, wrong.norm_cast_last),),
+        functions=_instead((norm.rms_norm, wrong.norm_cast_last)),
         dtypes=BF16,
     ),
-    Fault(slug="norm-plus-one", shows=("input_norm",), functions=((norm.rms_norm, wrong.norm_plus_one),)),
+    Fault(slug="norm-plus-one", shows=("input_norm",), functions=_instead((norm.rms_norm, wrong.norm_plus_one))),
     Fault(
-        slug="norm-not-upcast", shows=("input_norm",), functions=((norm.rms_norm, wrong.norm_in_bfloat16),), dtypes=BF16
+        slug="norm-not-upcast",
+        shows=("input_norm",),
+        functions=_instead((norm.rms_norm, wrong.norm_in_bfloat16)),
+        dtypes=BF16,
     ),
-    Fault(slug="final-norm-missing", shows=("final_norm",), place="head", functions=((norm.rms_norm, wrong.no_norm),)),
+    Fault(
+        slug="final-norm-missing",
+        shows=("final_norm",),
+        place="head",
+        functions=_instead((norm.rms_norm, wrong.no_norm)),
+    ),
     Fault(
         slug="residual-from-normed",
         shows=("resid_mid",),
-        functions=((DecoderBlock.__call__, wrong.block_from_normed),),
+        functions=_instead((DecoderBlock.__call__, wrong.block_from_normed)),
     ),
 )
 
 ATTENTION = (
-    Fault(slug="rope-interleaved", shows=("q_rot",), functions=((rope.rotate, wrong.rotate_neighbours),)),
+    Fault(slug="rope-interleaved", shows=("q_rot",), functions=_instead((rope.rotate, wrong.rotate_neighbours))),
     Fault(slug="rope-theta", shows=("q_rot",), config=_other_theta),
     Fault(
         slug="rope-freq-low-precision",
         shows=("q_rot",),
-        functions=((rope.inverse_frequencies, wrong.frequencies_in_bfloat16),),
+        functions=_instead((rope.inverse_frequencies, wrong.frequencies_in_bfloat16)),
     ),
     Fault(slug="padding-positions", shows=("q_rot",), batch=_positions_count_padding),
     Fault(slug="window-off-by-one", shows=("attn_context",), config=_other_window),
     Fault(
         slug="causal-mask-missing",
         shows=("attn_context",),
-        functions=((attention.visible_keys, wrong.see_all_keys),),
+        functions=_instead((attention.visible_keys, wrong.see_all_keys)),
     ),
     Fault(
         slug="masked-row-nan",
         shows=("attn_context",),
-        functions=((attention.attention_probs, wrong.probs_masked_by_infinity),),
+        functions=_instead((attention.attention_probs, wrong.probs_masked_by_infinity)),
     ),
     Fault(
         slug="kv-heads-tiled",
         shows=("attn_context",),
-        functions=(
+        functions=_instead(
             (attention.attention_scores, wrong.scores_of_tiled_heads),
             (attention.mix_values, wrong.values_of_tiled_heads),
         ),
@@ -238,63 +251,83 @@ ATTENTION = (
     Fault(
         slug="attention-scale",
         shows=("attn_context",),
-        functions=((attention.attention_scores, wrong.scores_scaled_twice),),
+        functions=_instead((attention.attention_scores, wrong.scores_scaled_twice)),
     ),
     Fault(
         slug="head-dim-ignored",
         shows=("attn_context",),
-        functions=((attention.attention_scores, wrong.scores_by_width),),
+        applies=lambda config: config.head_dim * config.num_attention_heads != config.hidden_size,
+        functions=lambda config: ((attention.attention_scores, wrong.scores_of_width(config)),),
     ),
     Fault(
         slug="softmax-low-precision",
         shows=("attn_probs",),
-        functions=((attention.attention_probs, wrong.probs_in_bfloat16),),
+        functions=_instead((attention.attention_probs, wrong.probs_in_bfloat16)),
         dtypes=BF16,
     ),
 )
 
 EXPERTS = (
-    Fault(slug="expert-skipped", shows=("moe_out",), functions=((moe.dense_experts, wrong.experts_but_the_last),)),
-    Fault(slug="router-not-renormalised", shows=("router_weights",), functions=((moe.weigh, wrong.weigh_without_sum),)),
-    Fault(slug="router-raw-logits", shows=("router_weights",), functions=((moe.route, wrong.route_by_logits),)),
+    Fault(
+        slug="expert-skipped",
+        shows=("moe_out",),
+        functions=_instead((moe.dense_experts, wrong.experts_but_the_last)),
+    ),
+    Fault(
+        slug="router-not-renormalised",
+        shows=("router_weights",),
+        functions=_instead((moe.weigh, wrong.weigh_without_sum)),
+    ),
+    Fault(
+        slug="router-raw-logits",
+        shows=("router_weights",),
+        functions=_instead((moe.route, wrong.route_by_logits)),
+    ),
     Fault(
         slug="router-low-precision",
         shows=("router_logits",),
-        functions=((moe.route, wrong.route_in_bfloat16),),
+        functions=_instead((moe.route, wrong.route_in_bfloat16)),
         dtypes=F32,
     ),
-    Fault(slug="router-probs-rounded", shows=("router_probs",), functions=((moe.router_probs, wrong.probs_rounded),)),
+    Fault(
+        slug="router-probs-rounded",
+        shows=("router_probs",),
+        functions=_instead((moe.router_probs, wrong.probs_rounded)),
+    ),
     Fault(slug="top-k-wrong", shows=("router_ids",), config=_other_top_k),
     Fault(
         slug="ids-weights-unpaired",
         shows=("router_weights",),
-        functions=((moe.weigh, wrong.weigh_in_reverse),),
+        functions=_instead((moe.weigh, wrong.weigh_in_reverse)),
         applies=_several_experts,
     ),
     Fault(
         slug="combine-low-precision",
         shows=("moe_out",),
-        functions=(
-            (moe.dense_experts, wrong.experts_summed_in_bfloat16),
-            (flax_operations.combine, wrong.combined_in_bfloat16),
+        functions=_instead(
+            (moe.dense_experts, wrong.experts_summed_in_bfloat16), (flax_operations.combine, wrong.combined_in_bfloat16)
         ),
         dtypes=BF16,
     ),
-    Fault(slug="capacity-drop", shows=("moe_out",), functions=((moe.dense_experts, wrong.experts_with_capacity),)),
+    Fault(
+        slug="capacity-drop",
+        shows=("moe_out",),
+        functions=_instead((moe.dense_experts, wrong.experts_with_capacity)),
+    ),
     Fault(
         slug="weight-before-expert",
         shows=("moe_out",),
-        functions=((moe.dense_experts, wrong.experts_on_weighted_input),),
+        functions=_instead((moe.dense_experts, wrong.experts_on_weighted_input)),
     ),
     Fault(slug="activation-wrong", shows=("expert.act",), config=_other_activation),
-    Fault(slug="jitter-on", shows=("router_logits",), functions=((moe.jitter, wrong.jittered),)),
+    Fault(slug="jitter-on", shows=("router_logits",), functions=_instead((moe.jitter, wrong.jittered))),
 )
 
 RUN_TIME = (
     Fault(
         slug="matmul-low-precision",
         shows=("q",),
-        functions=((projection.project, wrong.project_in_bfloat16),),
+        functions=_instead((projection.project, wrong.project_in_bfloat16)),
         dtypes=F32,
     ),
     Fault(slug="inputs-differ", shows=("embed",), place="model", batch=_other_first_token),

@@ -146,10 +146,15 @@ def scores_scaled_twice(q_BTNH: jax.Array, k_BSKH: jax.Array, exact: Any = atten
     return (scores_BNTS * math.pow(q_BTNH.shape[-1], -0.5)).astype(q_BTNH.dtype)
 
 
-def scores_by_width(q_BTNH: jax.Array, k_BSKH: jax.Array, exact: Any = attention.attention_scores) -> jax.Array:
-    """Divide by the root of another head dim than the heads have: twice theirs."""
-    scores_BNTS: jax.Array = exact(q_BTNH, k_BSKH)
-    return (scores_BNTS * 2**-0.5).astype(q_BTNH.dtype)
+def scores_of_width(config: MixtralConfig, exact: Any = attention.attention_scores) -> Any:
+    """Divide by the root of D / N, whatever head_dim says."""
+    scale = math.sqrt(config.head_dim / (config.hidden_size / config.num_attention_heads))
+
+    def scores(q_BTNH: jax.Array, k_BSKH: jax.Array) -> jax.Array:
+        scores_BNTS: jax.Array = exact(q_BTNH, k_BSKH)
+        return (scores_BNTS * scale).astype(q_BTNH.dtype)
+
+    return scores
 
 
 # --- mixture of experts

@@ -60,14 +60,19 @@ def statistics(error_RC: Array, exact_RC: Array) -> Statistics:
     Returns:
         RMS over everything; the largest over rows of RMS error / RMS magnitude; the same over channels; the largest
         absolute element. A row or channel that is (nearly) zero counts with a 2**-24 part of the array's magnitude.
+        Of a single row, channels are elements, whose own relative errors say nothing about rounding: there the channel
+        statistic is that of the row; and the same the other way round.
     """
     magnitude = float(_rms(exact_RC, None))
     floor = max(magnitude * 2.0**-24, TINY)
     per_row = _rms(error_RC, 1) / np.maximum(_rms(exact_RC, 1), floor)
     per_channel = _rms(error_RC, 0) / np.maximum(_rms(exact_RC, 0), floor)
-    return Statistics(
-        float(_rms(error_RC, None)), float(per_row.max()), float(per_channel.max()), float(np.abs(error_RC).max())
-    )
+    worst_row, worst_channel = float(per_row.max()), float(per_channel.max())
+    if len(error_RC) == 1:
+        worst_channel = worst_row
+    elif error_RC.shape[1] == 1:
+        worst_row = worst_channel
+    return Statistics(float(_rms(error_RC, None)), worst_row, worst_channel, float(np.abs(error_RC).max()))
 
 
 def margin(torch_RC: Array, flax_RC: Array, exact_RC: Array, unit_roundoff: float) -> Margin:

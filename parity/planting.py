@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from types import ModuleType
 from typing import Any, Literal
 from unittest import mock
@@ -17,7 +17,7 @@ from parity.sides.flax import FlaxSide, run_block
 from parity.sides.flax_operations import block_operations, expert_operations
 from parity.trace import Array, Batch, Trace
 
-__all__ = ["Fault", "Weights", "planted"]
+__all__ = ["Fault", "Functions", "Weights", "planted", "replaced"]
 
 Weights = Mapping[str, Array]
 Functions = tuple[tuple[Callable[..., Any], Callable[..., Any]], ...]
@@ -38,9 +38,9 @@ class Fault:
         dtypes: where it exists.
         weights: gives a leaf as the fault has it, from the configuration, all leaves and the leaf's path.
         config: changes the configuration.
-        functions: pairs of a function of flax_mixtral and what takes its place.
+        functions: pairs of a function of flax_mixtral and what takes its place, for a configuration.
         batch: changes what the side is fed.
-        trace: changes what the side records, in place.
+        trace: changes what the side records, in place; the side is there to compute with.
         applies: whether a configuration can have the fault at all.
         unchecked: whether "unchecked" is the right verdict, there being nothing to compare.
         fixed_layer: the layer that shows a fault of the whole model, where it is not the embedding or the head.
@@ -52,9 +52,9 @@ class Fault:
     dtypes: tuple[Precision, ...] = ("float32", "bfloat16")
     weights: Callable[[MixtralConfig, Weights, str], Array] = _same_leaf
     config: Callable[[MixtralConfig], MixtralConfig] = lambda config: config
-    functions: Functions = ()
+    functions: Callable[[MixtralConfig], Functions] = lambda config: ()
     batch: Callable[[Batch], Batch] = lambda batch: batch
-    trace: Callable[[Trace], None] = field(default=lambda trace: None)
+    trace: Callable[[Trace, FlaxSide, Batch], None] = lambda trace, side, batch: None
     applies: Callable[[MixtralConfig], bool] = lambda config: True
     unchecked: bool = False
     fixed_layer: int | None = None
@@ -117,7 +117,9 @@ class _FaultySide(FlaxSide):
 
     def __init__(self, fault: Fault, config: MixtralConfig, weights: Weights):
         super().__init__(fault.config(config), weights)
-        if fault.functions:  # functions of its own, since jit finds the healthy side's compilation by the function
+        if fault.functions(
+            config
+        ):  # functions of its own, since jit finds the healthy side's compilation by the function
             self._run_block = jax.jit(lambda *given: run_block(*given))
             self._run_operations = jax.jit(lambda *given: block_operations(*given))
             self._run_expert_operations = jax.jit(lambda *given: expert_operations(*given), static_argnums=3)
@@ -128,7 +130,7 @@ class _PlantedSide(FlaxSide):
 
     def __init__(self, fault: Fault, layer: int, config: MixtralConfig, weights: Weights):
         super().__init__(config, weights)
-        self._fault, self._layer = fault, layer
+        self._fault, self._layer, self._functions = fault, layer, fault.functions(config)
         self._faulty = _FaultySide(fault, config, weights)
 
     def embed(self, batch: Batch) -> Array:
@@ -139,23 +141,23 @@ class _PlantedSide(FlaxSide):
         """See `Side.block`."""
         if layer != self._layer or self._fault.place != "layer":
             return super().block(layer, x_BTD, batch, routing)
-        with replaced(self._fault.functions):
+        with replaced(self._functions):
             trace = self._faulty.block(layer, x_BTD, self._fault.batch(batch), routing)
-        self._fault.trace(trace)
+        self._fault.trace(trace, self._faulty, batch)
         return trace
 
     def operations(self, layer: int, x_BTD: Array, given: Trace, batch: Batch) -> Trace:
         """See `Operations.operations`."""
         if layer != self._layer or self._fault.place != "layer":
             return super().operations(layer, x_BTD, given, batch)
-        with replaced(self._fault.functions):
+        with replaced(self._functions):
             trace = self._faulty.operations(layer, x_BTD, given, self._fault.batch(batch))
-        self._fault.trace(trace)
+        self._fault.trace(trace, self._faulty, batch)
         return trace
 
     def head(self, x_BTD: Array, batch: Batch) -> Trace:
         """See `Side.head`."""
         if self._fault.place != "head":
             return super().head(x_BTD, batch)
-        with replaced(self._fault.functions):
+        with replaced(self._functions):
             return super().head(x_BTD, batch)

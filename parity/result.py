@@ -5,6 +5,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from parity.cause import Cause
+from parity.gradient_points import backward_depth
 from parity.metrics import Precision
 from parity.points import POINTS
 from parity.router import LayerRouting
@@ -18,7 +20,7 @@ SCHEMA_VERSION = 1
 
 EXIT_CODES: dict[Verdict, int] = {"pass": 0, "fail": 1, "unchecked": 4}
 
-BLAME_ORDER: tuple[Mode, ...] = ("reference", "local", "operation", "propagated", "whole")
+BLAME_ORDER: tuple[Mode, ...] = ("reference", "local", "operation", "propagated", "whole", "backward")
 """Which mode's failures place a fault best: a local one blames its block, a propagated one may be inherited."""
 
 
@@ -44,6 +46,7 @@ class Result:
         environment: versions and machine.
         provenance: checkpoints and their hashes, inputs, seed.
         cost: by side.
+        causes: what is behind the failures, the surest first.
     """
 
     findings: Sequence[Finding]
@@ -55,6 +58,7 @@ class Result:
     environment: Mapping[str, Any]
     provenance: Mapping[str, Any]
     cost: Mapping[str, Cost]
+    causes: Sequence[Cause] = ()
 
     @property
     def verdict(self) -> Verdict:
@@ -95,7 +99,7 @@ class Result:
             "schema_version": SCHEMA_VERSION,
             "verdict": self.verdict,
             "first_divergence": None if first is None else asdict(first),
-            "causes": [],
+            "causes": [asdict(cause) for cause in self.causes],
             "dtype": self.dtype,
             "margin_limit": MARGIN_LIMIT[self.dtype],
             "points": [_jsonable(asdict(finding)) for finding in self.findings],
@@ -116,6 +120,8 @@ _ORDER = {point.name.split(".")[-1]: number for number, point in enumerate(POINT
 
 def _depth(finding: Finding) -> tuple[float, int]:
     """Order findings as they are computed: embedding, blocks, head; within a block by the table of points."""
+    if finding.mode == "backward":
+        return backward_depth(finding.layer, finding.point)
     order = _ORDER[finding.point.split(".")[-1]]
     if finding.layer is None:
         return (-1.0 if finding.point == "embed" else math.inf, order)

@@ -71,21 +71,22 @@ def compare_routing(torch: Trace, flax: Trace, oracle: Trace, batch: Batch) -> L
         batch: says which tokens are real.
     """
     torch_MA, flax_MA = np.sort(torch["router_ids"], axis=1), np.sort(flax["router_ids"], axis=1)
+    same_count = torch_MA.shape == flax_MA.shape
     exact_ME = oracle["router_logits"].astype(np.float64)
     torch_ME = torch["router_logits"].astype(np.float64)
     real = batch.real_M
     margin_M, error_M = _margins(exact_ME, torch_MA.shape[1]), np.abs(torch_ME - exact_ME).max(axis=1)
     calibrated_M = np.maximum(error_M, np.median(error_M[real])) if real.any() else error_M
     tie_M = _margins(torch_ME, torch_MA.shape[1]) == 0
-    differs_M = (torch_MA != flax_MA).any(axis=1) & real
+    differs_M = (torch_MA != flax_MA).any(axis=1) & real if same_count else real
     flips = tuple(
         Flip(
             int(m),
             tuple(map(int, torch_MA[m])),
             tuple(map(int, flax_MA[m])),
-            float(margin_M[m]),
+            float(margin_M[m]) if same_count else float("inf"),
             float(calibrated_M[m]),
-            bool(tie_M[m]),
+            bool(tie_M[m]) and same_count,
         )
         for m in np.flatnonzero(differs_M)
     )

@@ -7,6 +7,8 @@ import numpy as np
 
 from convert import BadInput, Checkpoint
 from flax_mixtral.config import MixtralConfig
+from parity.backward import compare_gradients
+from parity.causes import Suspect, name_causes
 from parity.inputs import Suite, suite, unexercised
 from parity.metrics import Precision
 from parity.oracle import Oracle
@@ -49,6 +51,7 @@ def run(
     inputs: Suite | Sequence[Batch] = "standard",
     seed: int = 0,
     change: Callable[[Port], Port] | None = None,
+    grad: bool = False,
     progress: Progress = lambda step, done, total: None,
 ) -> Result:
     """Compare Flax with PyTorch on one checkpoint, block by block.
@@ -61,6 +64,7 @@ def run(
         inputs: a suite's name, or batches.
         seed: of the suite's token ids.
         change: replaces what is tested, as a planted fault does.
+        grad: compare the gradients of the training loss as well; this holds whole models in memory.
         progress: called before each step.
 
     Returns:
@@ -78,7 +82,9 @@ def run(
     differences = _same_model(source.config, port.config, f"{src} and {flax or 'its changed port'}")
     batches = suite(inputs, source.config, seed) if isinstance(inputs, str) else list(inputs)
     compared = flax is not None or change is not None
-    steps = Steps(progress, compared * len(port.weights) + len(WALKS[dtype]) * (source.config.num_hidden_layers + 3))
+    steps = Steps(
+        progress, compared * len(port.weights) + len(WALKS[dtype]) * (source.config.num_hidden_layers + 3) + 1
+    )
     hashes: dict[str, str] = {}
     if compared:
         hashes, unequal = compare_weights(source.view("flax"), port.weights, steps.advance)
@@ -86,17 +92,28 @@ def run(
     findings: list[Finding] = []
     routing: dict[RoutingKey, LayerRouting] = {}
     cost: dict[str, Cost] = {}
+    suspect: Suspect | None = None
     for walk_dtype in WALKS[dtype]:
         sides = _sides(source, port, dtype, walk_dtype)
         walk = Walk(source.config, Sides(**sides), batches, dtype=walk_dtype, advance=steps.advance)
         findings += walk.run()
         routing |= walk.routing
+        suspect = suspect or walk.suspect
         steps.advance("whole models")
         if walk_dtype == dtype and source.config.architecture != "MixtralModel":
             findings += _whole(src, source.config, sides["flax"].side, walk)
+        for batch in batches if grad and walk_dtype == dtype else ():
+            findings += compare_gradients(
+                source.config, sides["torch"], sides["flax"], sides["oracle"], batch, walk_dtype
+            )
         for name, side in sides.items():
             cost[name] = cost.get(name, Cost()) + side.cost
+    steps.advance("diagnosis")
+    computed_with = Rounded(Rounded(source.view("hf-legacy"), dtype), suspect.dtype if suspect else dtype)
+    leaves = (source.view("flax"), port.weights)
+    causes = name_causes(source.config, differences, leaves, findings, suspect, computed_with)
     return Result(
+        causes=causes,
         findings=findings,
         routing=routing,
         differences=differences,

@@ -6,6 +6,7 @@ from typing import Any
 
 from convert import Checkpoint
 from flax_mixtral.config import MixtralConfig
+from parity.causes import name_causes
 from parity.controls import CONTROLS, Control
 from parity.faults import FAULTS
 from parity.inputs import Suite, suite
@@ -24,6 +25,10 @@ from parity.weights import Difference, Rounded, compare_configs, compare_weights
 __all__ = ["Alarm", "Trial", "passed", "selftest", "steps", "to_json"]
 
 
+NAMED_SHARE = 0.95
+"""How many of the planted faults must be named first."""
+
+
 @dataclass(frozen=True, slots=True)
 class Trial:
     """What the harness made of one planted fault.
@@ -34,6 +39,8 @@ class Trial:
         layer: where it was planted; None in the head or the model as a whole.
         found: whether the verdict was not "pass".
         placed: whether the first divergence was at its layer and at a point that shows it.
+        named: whether the first cause was this fault.
+        cause: the slugs of the causes, in order.
         at: where it was placed, as "layer point".
         margin: the largest of the deciding margins.
     """
@@ -43,6 +50,8 @@ class Trial:
     layer: int | None
     found: bool
     placed: bool
+    named: bool
+    cause: str
     at: str
     margin: float
 
@@ -82,7 +91,11 @@ class Court:
         flax = port.side(port.config, Rounded(port.weights, self.dtype))
         sides = Sides(self._reference(attention, experts), flax, self._oracle)
         walk = Walk(self.source.config, sides, self.batches, dtype=self.dtype)
-        return Result(list(walk.run()), walk.routing, differences, 0, (), self.dtype, {}, {}, {})
+        findings = list(walk.run())
+        leaves = (self._leaves, port.weights)
+        legacy = Rounded(self.source.view("hf-legacy"), self.dtype)
+        causes = name_causes(self.source.config, differences, leaves, findings, walk.suspect, legacy)
+        return Result(findings, walk.routing, differences, 0, (), self.dtype, {}, {}, {}, causes)
 
     def _reference(self, attention: str, experts: str) -> Remembering:
         if (attention, experts) not in self._torch:
@@ -142,8 +155,11 @@ def steps(config: MixtralConfig, dtypes: Sequence[Precision]) -> int:
 
 
 def passed(rows: Sequence[Trial | Alarm]) -> bool:
-    """Say whether every fault was found and placed, and nothing else accused."""
-    return all(row.found and row.placed if isinstance(row, Trial) else not row.false_alarm for row in rows)
+    """Say whether every fault was found and placed, 95 % of them named first, and nothing else accused."""
+    trials = [row for row in rows if isinstance(row, Trial)]
+    accused = any(row.false_alarm for row in rows if isinstance(row, Alarm))
+    named = sum(trial.named for trial in trials) >= NAMED_SHARE * len(trials)
+    return all(trial.found and trial.placed for trial in trials) and named and not accused
 
 
 def _try(court: Court, fault: Fault, where: int, config: MixtralConfig) -> Trial:
@@ -154,7 +170,10 @@ def _try(court: Court, fault: Fault, where: int, config: MixtralConfig) -> Trial
     first = _first(result)
     found = result.verdict == ("unchecked" if fault.unchecked else "fail")
     placed = first is not None and first.layer == layer and _kind(first.point) in fault.shows
-    return Trial(fault.slug, court.dtype, layer, found, placed, _at(result), _worst(result))
+    slugs = [cause.fault for cause in result.causes]
+    named = slugs[:1] == [fault.slug]
+    cause = ", ".join(dict.fromkeys(slugs))
+    return Trial(fault.slug, court.dtype, layer, found, placed, named, cause, _at(result), _worst(result))
 
 
 def _first(result: Result) -> Divergence | None:

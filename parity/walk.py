@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from flax_mixtral.config import MixtralConfig
+from parity.causes import Suspect
 from parity.metrics import Precision
 from parity.points import POINTS, Point, block_points, head_points, operation_points
 from parity.router import LayerRouting, compare_routing, dense_weights
@@ -92,6 +93,7 @@ class Walk:
         self.advance = advance
         self.routing: dict[RoutingKey, LayerRouting] = {}
         self.streams: list[Stream] = []
+        self.suspect: Suspect | None = None
 
     def run(self) -> Iterator[Finding]:
         """Walk the model from embedding to losses and give the findings in that order."""
@@ -116,9 +118,14 @@ class Walk:
         batch = stream.batch
         torch = self._with_lens(self.sides.torch, self.sides.torch.block(layer, stream.torch_BTD, batch), batch)
         local = self._beside(torch, layer, "local", batch, stream.torch_BTD, stream.torch_BTD)
-        yield from self._judge_block(layer, "local", batch, local)
+        findings = list(self._judge_block(layer, "local", batch, local))
         if self.dtype == "bfloat16" and "attn_probs" in torch.arrays:  # sdpa has none to start from
-            yield from self._judge_operations(layer, stream, torch)
+            findings += self._judge_operations(layer, stream, torch)
+        if self.suspect is None and _blamed(findings):
+            forced = local.routing is not None and bool(local.routing.flips)
+            routing = torch["router_ids"] if forced else None
+            self.suspect = Suspect(layer, batch, stream.torch_BTD, torch, local.traces[1], self.dtype, routing)
+        yield from findings
         own = self._beside(torch, layer, "propagated", batch, stream.flax_BTD, stream.oracle_BTD)
         yield from self._judge_block(layer, "propagated", batch, own)
         stream.torch_BTD, stream.flax_BTD, stream.oracle_BTD = (trace["resid_out"] for trace in own.traces)
@@ -218,10 +225,14 @@ class Walk:
             stream.oracle_logits = oracle.arrays.get("logits")  # of the propagated stream, which comes last
             if self.config.architecture == "MixtralForCausalLM":
                 self._add_losses(stream, mode, torch, flax, oracle)
+            findings = []
             for name, point in head_points(self.config):
                 arrays = (trace.arrays.get(name) for trace in (torch, flax, oracle))
                 place = self._place(None, mode, stream.batch)
-                yield judge(name, point, place, *arrays, rows=_real_rows(point, stream.batch))
+                findings.append(judge(name, point, place, *arrays, rows=_real_rows(point, stream.batch)))
+            if self.suspect is None and mode == "local" and _blamed(findings):
+                self.suspect = Suspect(None, stream.batch, stream.torch_BTD, torch, flax, self.dtype)
+            yield from findings
 
     def _add_losses(self, stream: Stream, mode: Mode, torch: Trace, flax: Trace, oracle: Trace) -> None:
         """Add the losses where the side has recorded every layer's router; else they are missing, and so unchecked."""
@@ -231,6 +242,11 @@ class Walk:
             if len(stream.router_logits[own]) < self.config.num_hidden_layers:
                 continue
             trace.arrays.update(side.losses(logits, stream.router_logits[own], stream.batch).arrays)
+
+
+def _blamed(findings: Sequence[Finding]) -> bool:
+    """Say whether a block or the head failed by itself: a wrong head spoils every block's lens."""
+    return any(finding.verdict == "fail" and finding.point != "lens" for finding in findings)
 
 
 def _judge_routing(name: str, place: Place, routing: LayerRouting | None) -> Finding:

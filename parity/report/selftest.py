@@ -16,17 +16,30 @@ def render(rows: Sequence[Trial | Alarm]) -> RenderableType:
     trials = [row for row in rows if isinstance(row, Trial)]
     alarms = [row for row in rows if isinstance(row, Alarm)]
     table = Table(box=None, header_style="bold", pad_edge=False)
-    for heading in ("fault or control", "in", "found", "placed", "at", "margin"):
+    for heading in ("fault or control", "in", "found", "placed", "named", "at", "margin"):
         table.add_column(heading, justify="right" if heading == "margin" else "left")
     for trial in trials:
-        table.add_row(trial.slug, trial.dtype, _yes(trial.found), _yes(trial.placed), trial.at, f"{trial.margin:.3g}")
+        table.add_row(
+            trial.slug,
+            trial.dtype,
+            _yes(trial.found),
+            _yes(trial.placed),
+            _named(trial),
+            trial.at,
+            f"{trial.margin:.3g}",
+        )
     for alarm in alarms:
         verdict = Text("false alarm", style="red") if alarm.false_alarm else Text("silent", style="green")
-        table.add_row(alarm.slug, alarm.dtype, verdict, "", alarm.at, f"{alarm.margin:.3g}")
+        table.add_row(alarm.slug, alarm.dtype, verdict, "", "", alarm.at, f"{alarm.margin:.3g}")
     found, placed = sum(trial.found for trial in trials), sum(trial.placed for trial in trials)
+    named = sum(trial.named for trial in trials)
     false = sum(alarm.false_alarm for alarm in alarms)
-    text = f"{len(trials)} faults planted: {found} found, {placed} placed; {len(alarms)} controls: {false} false alarms"
-    return Group(table, Text(), Text(text, style="bold"))
+    text = Text(f"{len(trials)} faults planted: {found} found, {placed} placed, {named} named first; ", style="bold")
+    return Group(table, Text(), text.append(f"{len(alarms)} controls: {false} false alarms"))
+
+
+def _named(trial: Trial) -> Text:
+    return Text("yes", style="green") if trial.named else Text(trial.cause or "no cause", style="bold red")
 
 
 def _yes(right: bool) -> Text:

@@ -14,6 +14,7 @@ __all__ = ["render"]
 COLOURS: dict[Verdict, str] = {"pass": "green", "fail": "red", "unchecked": "yellow"}
 
 MOST_REASONS = 6
+MOST_CAUSES = 3
 
 
 def render(result: Result) -> RenderableType:
@@ -23,19 +24,20 @@ def render(result: Result) -> RenderableType:
         result: of a run.
     """
     table = Table(box=None, header_style="bold", pad_edge=False)
-    for heading in ("layer", "local", "at", "propagated", "at", "lens", "routing", ""):
-        table.add_column(heading, justify="right" if heading in ("layer", "local", "propagated", "lens") else "left")
+    modes: tuple[Mode, ...] = ("local", "propagated")
+    if any(finding.mode == "backward" for finding in result.findings):
+        modes += ("backward",)
+    for heading in ("layer", *(word for mode in modes for word in (mode, "at")), "lens", "routing", ""):
+        table.add_column(heading, justify="right" if heading in ("layer", "lens", *modes) else "left")
     layers = sorted({finding.layer for finding in result.findings if finding.layer is not None})
     for layer in layers:
         own = [finding for finding in result.findings if finding.layer == layer and finding.decides]
-        table.add_row(
-            str(layer), *_cells(own, ("local", "propagated")), _lens(own), _routing(result, layer), _mark(own)
-        )
+        table.add_row(str(layer), *_cells(own, modes), _lens(own), _routing(result, layer), _mark(own))
     ends = [finding for finding in result.findings if finding.layer is None]
-    table.add_row("ends", *_cells(ends, ("local", "propagated")), "", "", _mark(ends))
+    table.add_row("ends", *_cells(ends, modes), "", "", _mark(ends))
     whole = [finding for finding in ends if finding.mode in ("whole", "reference")]
     if whole:
-        table.add_row("whole", "", "", *_cells(whole, ("whole",)), "", "", _mark(whole))
+        table.add_row("whole", "", "", *_cells(whole, ("whole",)), *[""] * (2 * len(modes) - 2), _mark(whole))
     return Group(table, Text(), *_reasons(result), _summary(result))
 
 
@@ -95,4 +97,7 @@ def _summary(result: Result) -> Text:
     if result.first_divergence is not None:
         where = "" if result.first_divergence.layer is None else f"layer {result.first_divergence.layer}, "
         text.append(f"\nfirst divergence: {where}{result.first_divergence.point}", style="bold")
+    for cause in result.causes[:MOST_CAUSES]:
+        where = "" if cause.layer is None else f"layer {cause.layer}, "
+        text.append(f"\ncause: {cause.fault}", style="bold").append(f" at {where}{cause.point}: {cause.evidence}")
     return text

@@ -11,9 +11,11 @@ from flax import nnx
 from flax_mixtral.arrays import Mould
 from flax_mixtral.config import MixtralConfig
 from flax_mixtral.decoder import BlockTrace, Context, DecoderBlock, context_of, look_up
-from flax_mixtral.heads import MODELS, MixtralModel, Model
+from flax_mixtral.heads import MODELS, Mixtral, MixtralModel, Model
 from flax_mixtral.losses import IGNORED, causal_lm_loss, load_balancing_loss
 from flax_mixtral.moe import ExpertTrace, expert
+from parity.gradients import Gradients
+from parity.sides.flax_gradients import differentiate
 from parity.sides.flax_operations import Kernels, block_operations, combine, expert_operations
 from parity.trace import Array, Batch, Trace, expert_rows
 
@@ -89,11 +91,21 @@ class FlaxSide:
 
     def whole(self, batch: Batch) -> Array | None:
         """Run the whole model under one jit, as users do: its logits, or None for the bare model."""
-        model = _model_mould(self._config).fill(self._weights)
+        model = self.whole_model()
         output = jax.jit(lambda model, *inputs: model(*inputs).logits)(
             model, batch.input_ids, batch.attention_mask, batch.position_ids
         )
         return None if output is None else np.asarray(output)
+
+    def gradients(self, batch: Batch, labels_BT: Array, routing: Sequence[Array] | None = None) -> Gradients:
+        """See `Differentiable.gradients`: `jax.grad` of the whole model, by leaf."""
+        model = self.whole_model()
+        assert isinstance(model, Mixtral), self._config.architecture
+        return differentiate(model, batch, labels_BT, routing)
+
+    def whole_model(self) -> Model:
+        """Build the model as its users have it."""
+        return _model_mould(self._config).fill(self._weights)
 
     def _block(self, layer: int) -> DecoderBlock:
         return _block_mould(self._config).fill(self._weights, f"{self._prefix}layers.{layer}.")

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
+from parity.gradients import Differentiable, Gradients
 from parity.sides import Operations, Side
 from parity.trace import Array, Batch, Trace
 
@@ -58,6 +59,13 @@ class Timed:
     def losses(self, logits: Array, router_logits: Sequence[Array], batch: Batch) -> Trace:
         """See `Side.losses`."""
         return self._measured(lambda: self.side.losses(logits, router_logits, batch))
+
+    def gradients(self, batch: Batch, labels_BT: Array, routing: Sequence[Array] | None = None) -> Gradients | None:
+        """See `Differentiable.gradients`; None from a side that has none."""
+        side = self.side
+        if not isinstance(side, Differentiable):
+            return None
+        return self._measured(lambda: side.gradients(batch, labels_BT, routing))
 
     def _measured(self, call: Callable[[], T]) -> T:
         start = time.perf_counter()

@@ -21,6 +21,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.mixtral import modeling_mixtral as mixtral
 
 from flax_mixtral.config import MixtralConfig
+from parity.gradients import Gradients, Losses
 from parity.metrics import Precision
 from parity.trace import Array, Batch, Trace, expert_rows
 
@@ -153,6 +154,29 @@ class TorchSide:
             aux_loss = mixtral.load_balancing_loss_func(router, E, A, mask)
             return Trace({"loss": _numpy(loss), "aux_loss": _numpy(torch.as_tensor(aux_loss))})
 
+    def gradients(self, batch: Batch, labels_BT: Array, routing: Sequence[Array] | None = None) -> Gradients:
+        """See `Differentiable.gradients`: autograd through transformers' own model, in its fused layout."""
+        with _running(self.threads), torch.enable_grad():
+            with torch.device("meta"):
+                model = getattr(transformers, self.config.architecture)(self._hf_config)
+            model.model.rotary_emb = mixtral.MixtralRotaryEmbedding(self._hf_config)
+            self._fill(model, "")
+            model.tie_weights()
+            seen: list[dict[str, Tensor]] = [{} for _ in model.model.layers]
+            for number, (layer, own) in enumerate(zip(model.model.layers, seen, strict=True)):
+                _record_gradients(layer, own, None if routing is None else routing[number])
+            output = model(**_inputs(batch), labels=_tensor(labels_BT), output_router_logits=True)
+            output.loss.backward()
+            loss = ForCausalLMLoss(output.logits, _tensor(labels_BT), self.config.vocab_size)
+            parameters = {name: _numpy(_gradient(leaf)) for name, leaf in model.named_parameters()}
+            stream = [own["resid_in"] for own in seen] + [seen[-1]["resid_out"]]
+            return Gradients(
+                Losses(*(_numpy(scalar.detach()) for scalar in (loss, output.aux_loss, output.loss))),
+                parameters,
+                [_numpy(_gradient(x_BTD)) for x_BTD in stream],
+                [_numpy(own["router_ids"]) for own in seen],
+            )
+
     def _mask(self, x_BTD: Tensor, padding: Tensor | None, positions: Tensor) -> Any:
         """Create the mask as `MixtralModel.forward` does."""
         windowed = self._hf_config.sliding_window is not None
@@ -234,6 +258,23 @@ def _record(layer: nn.Module, seen: dict[str, Tensor], routing: Array | None) ->
             lambda module, args, points=points: seen.update(zip(points, args, strict=True))
         )
     layer.get_submodule("mlp.gate").register_forward_hook(lambda module, args, output: _route(output, seen, routing))
+
+
+def _record_gradients(layer: nn.Module, seen: dict[str, Tensor], routing: Array | None) -> None:
+    """Attach the hooks that keep a block's input, output and routing, and the gradients of the first two."""
+
+    def keep(point: str, x_BTD: Tensor) -> None:
+        x_BTD.retain_grad()
+        seen[point] = x_BTD
+
+    layer.register_forward_pre_hook(lambda module, args: keep("resid_in", args[0]))
+    layer.register_forward_hook(lambda module, args, output: keep("resid_out", output))
+    layer.get_submodule("mlp.gate").register_forward_hook(lambda module, args, output: _route(output, seen, routing))
+
+
+def _gradient(tensor: Tensor) -> Tensor:
+    """Give a tensor's gradient; zeros where nothing led to it."""
+    return torch.zeros_like(tensor) if tensor.grad is None else tensor.grad
 
 
 @contextmanager

@@ -74,3 +74,11 @@ def test_the_margin_does_not_depend_on_the_unit(power: int) -> None:
     scale = 2.0**power
     torch, flax = EXACT + _noise(1, 1e-5), EXACT + _noise(2, 3e-5)
     assert margin(torch * scale, flax * scale, EXACT * scale, U).value == margin(torch, flax, EXACT, U).value
+
+
+def test_of_a_single_row_elements_are_not_judged_by_their_own_size() -> None:
+    exact = np.array([[1.0, 1e-5, 1.0, 1.0]])
+    error = np.array([[0.0, 1e-6, 0.0, 0.0]])
+    row, column = statistics(error, exact), statistics(error.T, exact.T)
+    assert row == column
+    assert row.worst_channel == row.worst_token < 1e-6
