@@ -4,8 +4,9 @@ Whole models are differentiated: this is the part of a run that needs memory for
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from typing import NamedTuple
 
 import numpy as np
 
@@ -14,13 +15,35 @@ from flax_mixtral.axes import axis_sizes
 from flax_mixtral.config import MixtralConfig
 from parity.gradient_points import KINDS, GradientPoint, gradient_points
 from parity.gradients import Gradients, Losses, training_labels
-from parity.metrics import Precision
+from parity.metrics import UNIT_ROUNDOFF, Precision
+from parity.oracle import Oracle
 from parity.points import Point
 from parity.sides.timed import Timed
 from parity.trace import Array, Batch
 from parity.verdict import Finding, Place, judge
 
 __all__ = ["compare_gradients"]
+
+
+class Sides(NamedTuple):
+    """The gradients of one batch on all sides, by Flax leaf."""
+
+    torch: Gradients
+    flax: Gradients
+    exact: Gradients
+
+
+Arrays = tuple[Array | None, Array | None, Array | None]
+"""One gradient of torch, of Flax and of the oracle."""
+
+FEW_TOKENS = 16
+"""What fewer tokens made is judged in one row: a row or a channel of it is hardly more than one number of one token,
+whose rounding error over its own size is no average (a benign variant reached 6.9 so)."""
+
+SHAKES = (0, 1)
+"""Seeds of the two other exact runs that a failure is measured against: their weights are off by one rounding. Where a
+token amplifies rounding (two keys in balance under large scores), torch may be right by luck: such a token brought a
+correct Flax to 25 times torch's error, and the oracle in float32 to 28 times."""
 
 SEVERITY = {"pass": 0, "unchecked": 1, "fail": 2}
 
@@ -32,6 +55,7 @@ def compare_gradients(
 
     Torch routes freely and the oracle as torch did. Flax routes freely as well; where that differs for a real token,
     gradients are of another function, so it is run once more with torch's experts and every finding says `forced`.
+    A failure is held against what one rounding of the weights does to the exact gradients before it counts.
 
     Args:
         config: the model's.
@@ -49,30 +73,85 @@ def compare_gradients(
     if (labels_BT < 0).all():
         yield place.finding("training_loss", "unchecked", "empty: no token to predict")
         return
-    torch_found = torch.gradients(batch, labels_BT)
-    if torch_found is None or (exact := oracle.gradients(batch, labels_BT, torch_found.routing)) is None:
-        yield place.finding("training_loss", "unchecked", "torch or the oracle gives no gradients")
+    torch_found, flax_found = torch.gradients(batch, labels_BT), flax.gradients(batch, labels_BT)
+    exact = None if torch_found is None else oracle.gradients(batch, labels_BT, torch_found.routing)
+    if torch_found is None or flax_found is None or exact is None:
+        yield place.finding("training_loss", "unchecked", "a side gives no gradients")
         return
-    flax_found = flax.gradients(batch, labels_BT)
-    forced = flax_found is not None and not _same_routing(torch_found, flax_found, batch)
-    if forced:
+    if not _same_routing(torch_found, flax_found, batch):
+        place = replace(place, forced=True)
         flax_found = flax.gradients(batch, labels_BT, torch_found.routing)
-    place = replace(place, forced=forced)
-    yield from _judge_losses(place, torch_found, flax_found, exact, dtype)
-    torch_leaves, exact_leaves = (_leaves(config, found.parameters) for found in (torch_found, exact))
+        assert flax_found is not None
+    torch_found, exact = _by_leaf(config, torch_found), _by_leaf(config, exact)
+    findings = list(_judge_all(config, place, Sides(torch_found, flax_found, exact), batch, dtype))
+    if isinstance(oracle.side, Oracle) and any(finding.verdict == "fail" for finding in findings):
+        shaken = [
+            _by_leaf(
+                config, oracle.side.shaken(UNIT_ROUNDOFF[dtype], seed).gradients(batch, labels_BT, torch_found.routing)
+            )
+            for seed in SHAKES
+        ]
+        near = Sides(_farther([torch_found, *shaken], exact), flax_found, exact)
+        again = _judge_all(config, place, near, batch, dtype)
+        findings = [new if new.verdict == "pass" else old for old, new in zip(findings, again, strict=True)]
+    yield from findings
+
+
+def _by_leaf(config: MixtralConfig, found: Gradients) -> Gradients:
+    """Name gradients of any layout as Flax leaves, through the weights' own map."""
+    return replace(found, parameters=dict(Checkpoint.of_arrays(config, found.parameters, "gradients").view("flax")))
+
+
+def _farther(found: Sequence[Gradients], exact: Gradients) -> Gradients:
+    """Give gradients whose error is the root of the sum of the squares of all errors, in the dtype of the first."""
+
+    def sum_up(arrays: Sequence[Array], truth: Array) -> Array:
+        error = np.sqrt(sum(np.square(array.astype(np.float64) - truth) for array in arrays))
+        return np.asarray(truth + error).astype(arrays[0].dtype)
+
+    losses = (sum_up([one.losses[i] for one in found], exact.losses[i]) for i in range(len(exact.losses)))
+    return replace(
+        exact,
+        losses=Losses(*losses),
+        parameters={leaf: sum_up([one.parameters[leaf] for one in found], x) for leaf, x in exact.parameters.items()},
+        stream=[sum_up([one.stream[i] for one in found], x) for i, x in enumerate(exact.stream)],
+    )
+
+
+def _judge_all(config: MixtralConfig, place: Place, sides: Sides, batch: Batch, dtype: str) -> Iterator[Finding]:
+    """Judge every point, in the order in which the backward pass reaches it."""
+    for name in Losses._fields:
+        scalars = (getattr(found.losses, name) for found in sides)
+        yield judge(name, Point(name, "whole", "", "a scalar of the batch"), place, *scalars)
     for row in gradient_points(config):
         own = replace(place, layer=row.layer)
         if row.leaf is None:
-            yield _judge_stream(row, own, (torch_found, flax_found, exact), batch, dtype)
+            streams = (found.stream[-1 if row.layer is None else row.layer] for found in sides)
+            yield judge(row.point.name, row.point, own, *streams, rows=batch.real_M)
+            continue
+        arrays = (
+            sides.torch.parameters[row.leaf],
+            sides.flax.parameters.get(row.leaf),
+            sides.exact.parameters[row.leaf],
+        )
+        if row.by_expert:
+            assert row.layer is not None
+            ids_MA = sides.exact.routing[row.layer][batch.real_M]
+            tokens_E = np.bincount(ids_MA.ravel(), minlength=config.num_local_experts)
+            yield _judge_experts(config, row, own, arrays, tokens_E, dtype)
+        elif sides.exact.parameters[row.leaf].any():
+            yield _judge_leaf(config, row, own, arrays, int(batch.real_M.sum()), dtype)
         else:
-            flax_array = None if flax_found is None else flax_found.parameters.get(row.leaf)
-            arrays = (torch_leaves[row.leaf], flax_array, exact_leaves[row.leaf])
-            yield _judge_leaf(config, row, own, arrays, dtype)
+            yield _judge_cancelled(row, own, arrays, _largest(sides.exact, row.leaf), dtype)
 
 
-def _leaves(config: MixtralConfig, parameters: Mapping[str, Array]) -> Mapping[str, Array]:
-    """See gradients of any layout as Flax leaves, through the weights' own map."""
-    return Checkpoint.of_arrays(config, parameters, "gradients").view("flax")
+def _largest(found: Gradients, leaf: str) -> float:
+    """Give the largest element of all gradients of a leaf's layer."""
+
+    def layer(path: str) -> str:
+        return path.split(".")[2] if ".layers." in path else ""
+
+    return max(float(np.abs(x).max()) for path, x in found.parameters.items() if layer(path) == layer(leaf))
 
 
 def _same_routing(torch: Gradients, flax: Gradients, batch: Batch) -> bool:
@@ -83,52 +162,37 @@ def _same_routing(torch: Gradients, flax: Gradients, batch: Batch) -> bool:
     )
 
 
-def _judge_losses(
-    place: Place, torch: Gradients, flax: Gradients | None, exact: Gradients, dtype: str
-) -> Iterator[Finding]:
-    for name in Losses._fields:
-        arrays = (None if found is None else getattr(found.losses, name) for found in (torch, flax, exact))
-        yield judge(name, Point(name, "whole", "", "a scalar of the batch"), place, *arrays)
-
-
-def _judge_stream(
-    row: GradientPoint,
-    place: Place,
-    found: tuple[Gradients, Gradients | None, Gradients],
-    batch: Batch,
-    dtype: str,
-) -> Finding:
-    number = -1 if row.layer is None else row.layer
-    arrays = (None if one is None else one.stream[number] for one in found)
-    return judge(row.point.name, row.point, place, *arrays, rows=batch.real_M)
-
-
 def _judge_leaf(
-    config: MixtralConfig,
-    row: GradientPoint,
-    place: Place,
-    arrays: tuple[Array | None, Array | None, Array | None],
-    dtype: str,
+    config: MixtralConfig, row: GradientPoint, place: Place, arrays: Arrays, tokens: int, dtype: str
 ) -> Finding:
-    """Judge a leaf as [rows, channels]; a stacked one expert by expert, of which the worst stands for the leaf."""
+    """Judge one parameter, or one expert of it, as [rows, channels]; all in one row where few tokens made it."""
+    name = row.point.name
+    if any(array is None or array.size == 0 for array in arrays):
+        return judge(name, row.point, place, *arrays)
+    kind = next(kind for kind in KINDS if name.endswith(f".{kind}"))
+    rows = math.prod(axis_sizes(config)[axis] for axis in KINDS[kind].split()) if tokens >= FEW_TOKENS else 1
+    shaped = (array if array is None else array.reshape(rows, -1) for array in arrays)
+    return judge(name, row.point, place, *shaped)
+
+
+def _judge_experts(
+    config: MixtralConfig, row: GradientPoint, place: Place, arrays: Arrays, tokens_E: Array, dtype: str
+) -> Finding:
+    """Judge a stacked parameter expert by expert; the worst stands for all."""
     name = row.point.name
     torch, flax, exact = arrays
     if torch is None or flax is None or exact is None or not torch.shape == flax.shape == exact.shape:
         return judge(name, row.point, place, *arrays)
-    kind = next(kind for kind in KINDS if name.endswith(f".{kind}"))
-    rows = math.prod(axis_sizes(config)[axis] for axis in KINDS[kind].split())
-    if not row.by_expert:
-        return judge(name, row.point, place, *(x.reshape(rows, -1) for x in (torch, flax, exact)))
     findings = []
-    for expert in range(len(exact)):
-        own = [x[expert].reshape(rows, -1) for x in (torch, flax, exact)]
-        finding = _no_gradient(name, place, own) or judge(name, row.point, place, *own)
+    for expert, tokens in enumerate(tokens_E):
+        own = (torch[expert], flax[expert], exact[expert])
+        finding = _no_gradient(name, place, own) or _judge_leaf(config, row, place, own, int(tokens), dtype)
         reason = None if finding.reason is None else f"expert {expert}: {finding.reason}"
         findings.append(replace(finding, reason=reason))
     return max(findings, key=lambda finding: (SEVERITY[finding.verdict], finding.margin or 0.0))
 
 
-def _no_gradient(name: str, place: Place, arrays: Sequence[Array]) -> Finding | None:
+def _no_gradient(name: str, place: Place, arrays: tuple[Array, Array, Array]) -> Finding | None:
     """Judge an expert that some side gives no gradient at all: nothing is right where the exact answer is nothing."""
     torch, flax, exact = (bool(np.any(array)) for array in arrays)
     if (torch and flax and exact) or not np.isfinite(arrays[1].astype(np.float64)).all():
@@ -139,3 +203,16 @@ def _no_gradient(name: str, place: Place, arrays: Sequence[Array]) -> Finding | 
         return place.finding(name, "unchecked", "torch has no gradient although tokens went there")
     wrong = "has a gradient although no token went there" if flax else "has no gradient although tokens went there"
     return place.finding(name, "fail", f"Flax {wrong}")
+
+
+def _judge_cancelled(row: GradientPoint, place: Place, arrays: Arrays, scale: float, dtype: str) -> Finding:
+    """Judge a parameter whose exact gradient is zero since its parts cancel (queries that see one key, one expert).
+
+    Rounding leaves something of the size of the parts, or nothing, and neither is wrong: all arrays are compared after
+    adding `scale`, the largest element of the layer's gradients: a side may leave roundings of that.
+    """
+    torch, flax, exact = arrays
+    if torch is None or flax is None or exact is None or torch.dtype != flax.dtype:
+        return judge(row.point.name, row.point, place, *arrays)
+    shifted = (np.add(array.reshape(1, -1), scale, dtype=np.float64) for array in (torch, flax, exact))
+    return judge(row.point.name, row.point, place, *shifted)

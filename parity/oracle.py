@@ -5,7 +5,7 @@ field of `Ops`, so that a block can be replayed with one of them replaced. One m
 Imports NumPy, flax_mixtral's neutral modules and parity's own only.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -186,6 +186,10 @@ class Oracle:
         """Give a tensor by its legacy name, as it is stored."""
         return self._weights[name]
 
+    def shaken(self, roundoff: float, seed: int) -> "Oracle":
+        """Give an oracle whose weights are each off by a random relative error of that size: one rounding."""
+        return Oracle(self.config, _Shaken(self._weights, roundoff, seed), self.ops, self.dtype)
+
     def _attention(self, layer: int, x_BTD: Array, batch: Batch, trace: Trace) -> None:
         """Record the points from `input_norm` to `resid_mid`."""
         ops, config, points = self.ops, self.config, trace.arrays
@@ -269,6 +273,24 @@ class Oracle:
 
     def _weight(self, layer: int, module: str) -> Array:
         return self._weights[f"{self._prefix}layers.{layer}.{module}.weight"]
+
+
+class _Shaken(Mapping[str, Array]):
+    """Weights in float64 with a random relative error, the same at every access."""
+
+    def __init__(self, weights: Mapping[str, Array], roundoff: float, seed: int):
+        self._weights, self._roundoff, self._seed = weights, roundoff, seed
+
+    def __getitem__(self, name: str) -> Array:
+        array = self._weights[name].astype(np.float64)
+        rng = np.random.default_rng([self._seed, *name.encode()])
+        return array * (1 + self._roundoff * rng.standard_normal(array.shape))
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._weights)
+
+    def __len__(self) -> int:
+        return len(self._weights)
 
 
 def pooled_tokens(batch: Batch, pad_token_id: int | None) -> Array:

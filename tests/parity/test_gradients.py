@@ -21,7 +21,8 @@ from flax_mixtral.heads import Mixtral
 from flax_mixtral.moe import Routing, route
 from parity.__main__ import cli
 from parity.backward import compare_gradients
-from parity.gradients import Gradients, training_labels
+from parity.gradients import Gradients, Losses, training_labels
+from parity.metrics import UNIT_ROUNDOFF
 from parity.oracle import Oracle
 from parity.result import Divergence, Result
 from parity.sides.flax import FlaxSide
@@ -258,6 +259,28 @@ def test_everything_upstream_of_a_fault_is_not_blamed(few: Any) -> None:
 
     assert result.first_divergence == Divergence(1, "grad.resid")
     assert [finding.layer for finding in failures(result)] == [1, 0]
+
+
+def _single(config: MixtralConfig, found: Gradients) -> Gradients:
+    """Round gradients to float32, as Flax leaves."""
+    leaves = Checkpoint.of_arrays(config, found.parameters).view("flax")
+    return replace(
+        found,
+        losses=Losses(*(scalar.astype(np.float32) for scalar in found.losses)),
+        parameters={leaf: array.astype(np.float32) for leaf, array in leaves.items()},
+        stream=[x_BTD.astype(np.float32) for x_BTD in found.stream],
+    )
+
+
+def test_what_one_rounding_of_the_weights_does_is_no_fault(checkpoint: Path) -> None:
+    config, _, _, oracle = sides(checkpoint)
+    batch, labels_BT = BATCHES["plain"], training_labels(BATCHES["plain"])
+    exact = oracle.gradients(batch, labels_BT)
+    moved = oracle.shaken(UNIT_ROUNDOFF["float32"], 7).gradients(batch, labels_BT, exact.routing)
+    lucky, flax = Fake(_single(config, exact)), Fake(_single(config, moved))
+
+    assert compared(config, lucky, flax, Fake(exact), batch).verdict == "fail"
+    assert compared(config, lucky, flax, oracle, batch).verdict == "pass"
 
 
 def test_a_side_without_gradients_is_unchecked(few: Any) -> None:
