@@ -7,7 +7,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from flax_mixtral.cache import KVCache, init_cache
     from flax_mixtral.config import ConfigError, MixtralConfig
+    from flax_mixtral.generation import generate
     from flax_mixtral.heads import (
         MODELS,
         Mixtral,
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
 __all__ = [
     "MODELS",
     "ConfigError",
+    "KVCache",
     "Mixtral",
     "MixtralConfig",
     "MixtralForQuestionAnswering",
@@ -32,14 +35,19 @@ __all__ = [
     "MixtralOutput",
     "RopeConfig",
     "causal_lm_loss",
+    "generate",
+    "init_cache",
     "load_balancing_loss",
 ]
 
 _HOME = {
     "ConfigError": "config",
+    "KVCache": "cache",
     "MixtralConfig": "config",
     "RopeConfig": "rope_config",
     "causal_lm_loss": "losses",
+    "generate": "generation",
+    "init_cache": "cache",
     "load_balancing_loss": "losses",
 }
 

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from flax_mixtral.cache import Past, join
 from flax_mixtral.config import MixtralConfig
 from flax_mixtral.projection import Projection, project
 from flax_mixtral.rope import Rotary, rotate
@@ -134,15 +135,25 @@ class Attention(nnx.Module):
         self.v = Projection((D, K, H), std=std, dtype=dtype, rngs=rngs)
         self.o = Projection((N, H, D), std=std, dtype=dtype, rngs=rngs)
         self.dropout = config.attention_dropout
+        self.window = config.sliding_window
 
     def __call__(
-        self, x_BTD: jax.Array, rotation: Rotary, visible_BTS: jax.Array, key: jax.Array | None = None
+        self,
+        x_BTD: jax.Array,
+        rotation: Rotary,
+        visible_BTS: jax.Array,
+        key: jax.Array | None = None,
+        past: Past | None = None,
     ) -> AttentionTrace:
-        """Attend within x; `out_BTD` is the result, the rest is how it came about."""
+        """Attend within x, and to a cache's tokens; `out_BTD` is the result, the rest is how it came about."""
         q_BTNH = project("BTD,DNH->BTNH", x_BTD, self.q.kernel[...])
         k_BTKH = project("BTD,DKH->BTKH", x_BTD, self.k.kernel[...])
         v_BTKH = project("BTD,DKH->BTKH", x_BTD, self.v.kernel[...])
         q_rot_BTNH, k_rot_BTKH = rotate(q_BTNH, rotation), rotate(k_BTKH, rotation)
-        context_BTNH = attend(q_rot_BTNH, k_rot_BTKH, v_BTKH, visible_BTS, dropout=self.dropout, key=key)
+        k_BSKH, v_BSKH = k_rot_BTKH, v_BTKH
+        if past is not None:
+            k_BSKH = join(past.k_BSKH, k_rot_BTKH, past.length, self.window)
+            v_BSKH = join(past.v_BSKH, v_BTKH, past.length, self.window)
+        context_BTNH = attend(q_rot_BTNH, k_BSKH, v_BSKH, visible_BTS, dropout=self.dropout, key=key)
         out_BTD = project("BTNH,NHD->BTD", context_BTNH, self.o.kernel[...])
         return AttentionTrace(q_BTNH, k_BTKH, v_BTKH, q_rot_BTNH, k_rot_BTKH, context_BTNH, out_BTD)

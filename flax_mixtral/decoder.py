@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from flax_mixtral.attention import Attention, visible_keys
+from flax_mixtral.cache import KVCache, Past, keys_in_sight
 from flax_mixtral.config import MixtralConfig
 from flax_mixtral.moe import MoE
 from flax_mixtral.norm import RMSNorm
@@ -44,11 +45,12 @@ class BlockTrace(NamedTuple):
 
 
 class DecoderTrace(NamedTuple):
-    """The residual stream before each block, the final norm's output, and the router logits [M, E] of each layer."""
+    """The residual stream before each block, the final norm's output, router logits [M, E] per layer, and the cache."""
 
     stream_BTD: tuple[jax.Array, ...]
     final_norm_BTD: jax.Array
     router_logits: tuple[jax.Array, ...]
+    cache: KVCache | None
 
 
 def context_of(
@@ -57,11 +59,21 @@ def context_of(
     attention_mask: jax.Array | None,
     position_ids: jax.Array | None,
     dtype: jnp.dtype,
+    cache: KVCache | None = None,
 ) -> Context:
-    """Derive rotations and visible keys from mask and positions; positions are 0..T-1 unless given."""
+    """Derive rotations and visible keys from mask and positions; positions count from 0, or on from the cache's."""
     B, T = shape_BT
-    position_BT = jnp.broadcast_to(jnp.arange(T), (B, T)) if position_ids is None else position_ids
-    return Context(rotary(config, position_BT, dtype), visible_keys(config, shape_BT, attention_mask, position_ids))
+    first = 0 if cache is None else cache.length
+    position_BT = jnp.broadcast_to(first + jnp.arange(T), (B, T)) if position_ids is None else position_ids
+    rotation = rotary(config, position_BT, dtype)
+    if cache is None:
+        return Context(rotation, visible_keys(config, shape_BT, attention_mask, position_ids))
+    return Context(rotation, keys_in_sight(cache, real_tokens(shape_BT, attention_mask), config.sliding_window))
+
+
+def real_tokens(shape_BT: tuple[int, int], attention_mask: jax.Array | None) -> jax.Array:
+    """Give the mask as bool; without one, every token is real."""
+    return jnp.ones(shape_BT, bool) if attention_mask is None else attention_mask.astype(bool)
 
 
 def look_up(embedding_VD: jax.Array, input_ids: jax.Array) -> jax.Array:
@@ -96,6 +108,7 @@ class DecoderBlock(nnx.Module):
         context: Context,
         routing_MA: jax.Array | None = None,
         key: jax.Array | None = None,
+        past: Past | None = None,
     ) -> BlockTrace:
         """Run the block; `resid_out` is its output.
 
@@ -104,10 +117,11 @@ class DecoderBlock(nnx.Module):
             context: rotations and visible keys.
             routing_MA: experts to take instead of the router's own choice.
             key: PRNG key of training: turns on attention dropout and router jitter.
+            past: this layer's part of the cache; the caller writes the new keys and values to it.
         """
         attention_key, moe_key = (None, None) if key is None else jax.random.split(key)
         input_norm = self.input_norm(x_BTD)
-        attention = self.attention(input_norm, context.rotation, context.visible_BTS, attention_key)
+        attention = self.attention(input_norm, context.rotation, context.visible_BTS, attention_key, past)
         resid_mid = x_BTD + attention.out_BTD
         post_attn_norm = self.post_attention_norm(resid_mid)
         moe = self.moe(post_attn_norm, routing_MA, moe_key)
@@ -145,17 +159,22 @@ class Decoder(nnx.Module):
         input_ids: jax.Array,
         attention_mask: jax.Array | None = None,
         position_ids: jax.Array | None = None,
+        cache: KVCache | None = None,
         key: jax.Array | None = None,
     ) -> DecoderTrace:
         """Run every block; see `heads.Mixtral.__call__` for the arguments."""
         B, T = input_ids.shape
         x_BTD = self.embed_tokens(input_ids)
-        context = context_of(self.config, (B, T), attention_mask, position_ids, x_BTD.dtype)
-        stream, router_logits = [], []
+        context = context_of(self.config, (B, T), attention_mask, position_ids, x_BTD.dtype, cache)
+        stream, router_logits, new = [], [], []
         for layer, block in enumerate(self.layers):
             layer_key = None if key is None else jax.random.fold_in(key, layer)
-            trace = block(x_BTD, context, key=layer_key)
+            past = None if cache is None else cache.past(layer)
+            trace = block(x_BTD, context, key=layer_key, past=past)
             stream.append(x_BTD)
             router_logits.append(trace.router_logits)
+            new.append((trace.k_rot, trace.v))
             x_BTD = trace.resid_out
-        return DecoderTrace(tuple(stream), self.final_norm(x_BTD), tuple(router_logits))
+        if cache is not None:
+            cache = cache.written(new, real_tokens((B, T), attention_mask), self.config.sliding_window)
+        return DecoderTrace(tuple(stream), self.final_norm(x_BTD), tuple(router_logits), cache)

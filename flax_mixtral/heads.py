@@ -9,6 +9,7 @@ from flax import nnx
 from jax.typing import ArrayLike
 
 from flax_mixtral import pretrained
+from flax_mixtral.cache import KVCache
 from flax_mixtral.config import Architecture, ConfigError, MixtralConfig
 from flax_mixtral.decoder import Decoder, DecoderTrace
 from flax_mixtral.losses import load_balancing_loss
@@ -34,12 +35,14 @@ class MixtralOutput(NamedTuple):
         hidden_states: L + 1 arrays [B, T, D]: before each block, and after the final norm.
         router_logits: L arrays [M, E].
         aux_loss: load-balancing loss of the real tokens, float32, without its coefficient.
+        cache: with the keys and values of these tokens; None if none was given.
     """
 
     logits: jax.Array | None
     hidden_states: tuple[jax.Array, ...]
     router_logits: tuple[jax.Array, ...]
     aux_loss: jax.Array
+    cache: KVCache | None = None
 
 
 class _Pretrained(nnx.Module):
@@ -75,7 +78,8 @@ class _Pretrained(nnx.Module):
 
     def _output(self, trace: DecoderTrace, logits: jax.Array | None, attention_mask: jax.Array | None) -> MixtralOutput:
         aux_loss = load_balancing_loss(trace.router_logits, self.config.num_experts_per_tok, attention_mask)
-        return MixtralOutput(logits, (*trace.stream_BTD, trace.final_norm_BTD), trace.router_logits, aux_loss)
+        hidden_states = (*trace.stream_BTD, trace.final_norm_BTD)
+        return MixtralOutput(logits, hidden_states, trace.router_logits, aux_loss, trace.cache)
 
 
 def _arrays(
@@ -99,11 +103,12 @@ class MixtralModel(Decoder, _Pretrained):
         input_ids: ArrayLike,
         attention_mask: ArrayLike | None = None,
         position_ids: ArrayLike | None = None,
+        cache: KVCache | None = None,
         key: jax.Array | None = None,
     ) -> MixtralOutput:
         """See `Mixtral.__call__`; `logits` is None."""
         ids_BT, mask_BT, position_BT = _arrays(input_ids, attention_mask, position_ids)
-        return self._output(Decoder.__call__(self, ids_BT, mask_BT, position_BT, key), None, mask_BT)
+        return self._output(Decoder.__call__(self, ids_BT, mask_BT, position_BT, cache, key), None, mask_BT)
 
 
 class _Headed(_Pretrained):
@@ -118,15 +123,19 @@ class _Headed(_Pretrained):
         input_ids: ArrayLike,
         attention_mask: ArrayLike | None = None,
         position_ids: ArrayLike | None = None,
+        cache: KVCache | None = None,
         key: jax.Array | None = None,
     ) -> MixtralOutput:
         """Run the model.
 
         Args:
             input_ids: [B, T] int, each below vocab_size.
-            attention_mask: [B, T], 1 on real tokens and 0 on padding, left or right; None where there is none.
-            position_ids: [B, T] int; 0..T-1 unless given. Without an attention_mask, a position that is not its
-                predecessor plus one starts a new packed sequence, which sees nothing of those before.
+            attention_mask: [B, T], 1 on real tokens and 0 on padding, left or right; None where there is none. With a
+                cache it is for the new tokens alone: the cache remembers which of the others were padding.
+            position_ids: [B, T] int; 0..T-1 unless given, or on from the cache's length. Without an attention_mask, a
+                position that is not its predecessor plus one starts a new packed sequence, which sees nothing of
+                those before; with a cache there are no packed sequences.
+            cache: from `init_cache`, or from the output of the call before; the tokens continue it.
             key: PRNG key of a training step: turns on the configured attention dropout and router jitter.
 
         Returns:
@@ -135,7 +144,7 @@ class _Headed(_Pretrained):
         Source: transformers 5.23, modeling_mixtral.py and modeling_layers.py.
         """
         ids_BT, mask_BT, position_BT = _arrays(input_ids, attention_mask, position_ids)
-        trace = self.model(ids_BT, mask_BT, position_BT, key)
+        trace = self.model(ids_BT, mask_BT, position_BT, cache, key)
         return self._output(trace, self.head(trace.final_norm_BTD, ids_BT), mask_BT)
 
     def head(self, x_BTD: jax.Array, input_ids: jax.Array) -> jax.Array:

@@ -38,6 +38,10 @@ def rotary(config: MixtralConfig, position_BT: jax.Array, dtype: jnp.dtype) -> R
     Returns:
         Cosine and sine, computed in float32, times the attention factor, cast to dtype.
 
+    With a cache each call's own positions decide, and keys in the cache keep the rotation they were written with: past
+    the length where `dynamic` or `longrope` stretches, prefill and decode differ from one forward of all tokens, here
+    as in transformers.
+
     Source: transformers 5.23, `MixtralRotaryEmbedding.forward` with a fresh module: there, `dynamic` keeps the
         frequencies of the longest input seen since; here each call stands alone.
     """

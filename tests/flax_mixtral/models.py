@@ -7,11 +7,13 @@ import jax
 import numpy as np
 import transformers
 
-from flax_mixtral import MODELS, MixtralConfig, MixtralOutput
+from flax_mixtral import MODELS, Mixtral, MixtralConfig, MixtralOutput
+from flax_mixtral.arrays import fill
 from flax_mixtral.heads import Model
+from flax_mixtral.tree import slots
 from tests.checkpoints import write_checkpoint
 
-__all__ = ["both", "forward", "ids_and_mask"]
+__all__ = ["both", "drawn", "forward", "ids_and_mask"]
 
 
 @jax.jit
@@ -36,3 +38,10 @@ def ids_and_mask(padding: str = "left", vocabulary: int = 101) -> tuple[np.ndarr
         mask[0, -4:] = mask[1, -11:] = 0
     ids = np.random.default_rng(5).integers(1, vocabulary, mask.shape)
     return ids * mask, mask
+
+
+def drawn(config: MixtralConfig, seed: int = 0) -> Mixtral:
+    """Build a model with NumPy's random numbers: compiling JAX's, one program per shape, takes many seconds."""
+    rng = np.random.default_rng(seed)
+    arrays = {slot.path: rng.normal(0, 0.3, slot.shape).astype(np.float32) for slot in slots(config)}
+    return fill(lambda rngs: Mixtral(config, rngs=rngs), arrays)
