@@ -7,7 +7,7 @@ NumPy is loaded with the first of those names that is used, so that the command 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from convert.errors import BadDestination, BadInput, ConfigError, TensorMismatch, UnreadableCheckpoint
+from convert.errors import BadDestination, BadInput, ConfigError, Interrupted, TensorMismatch, UnreadableCheckpoint
 
 if TYPE_CHECKING:
     from convert.checkpoint import Checkpoint, View
@@ -18,6 +18,7 @@ __all__ = [
     "BadInput",
     "Checkpoint",
     "ConfigError",
+    "Interrupted",
     "Report",
     "TensorMismatch",
     "UnreadableCheckpoint",

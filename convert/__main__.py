@@ -4,6 +4,7 @@ Imports click and rich; NumPy and the rest of convert only once there is somethi
 """
 
 import json
+import signal
 import sys
 from collections import Counter
 from collections.abc import Iterator
@@ -13,11 +14,12 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from convert.errors import BadInput, ConfigError
+from convert.errors import BadInput, ConfigError, Interrupted
 
 if TYPE_CHECKING:
     from convert.checkpoint import Checkpoint
-    from convert.execute import Progress, Report
+    from convert.execute import Report
+    from convert.stream import Progress
 
 __all__ = ["cli", "main"]
 
@@ -41,8 +43,8 @@ def _exit_codes() -> Iterator[None]:
     except (BadInput, ConfigError) as error:
         click.echo(f"mixtral-convert: {error}", err=True)
         sys.exit(BAD_INPUT)
-    except KeyboardInterrupt:
-        click.echo("mixtral-convert: interrupted; nothing was left behind", err=True)
+    except KeyboardInterrupt as stop:
+        click.echo(f"mixtral-convert: {stop if isinstance(stop, Interrupted) else 'interrupted'}", err=True)
         sys.exit(INTERRUPTED)
 
 
@@ -63,7 +65,8 @@ def cli() -> None:
       mixtral-convert inspect Mixtral-8x7B
 
     \b
-    Exit codes: 0 done, 2 wrong usage, 3 the input cannot be used (nothing is written), 5 interrupted.
+    Exit codes: 0 done, 2 wrong usage, 3 the input cannot be used (nothing is written), 5 interrupted
+    (--resume goes on).
     """  # noqa: D301  # a literal backspace is click's mark for lines to be left as they are
 
 
@@ -78,10 +81,12 @@ def cli() -> None:
     show_default=True,
     help="Cast every tensor; what that loses is counted and reported.",
 )
+@click.option("--verify", is_flag=True, help="Read everything back from disk and compare it with SRC.")
 @click.option("--dry-run", is_flag=True, help="Check everything and print the plan; write nothing.")
+@click.option("--resume", is_flag=True, help="Go on with the same conversion where it was interrupted or killed.")
 @click.option("--overwrite", is_flag=True, help="Replace DST if it is a checkpoint and nothing else.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
-def convert(src: Path, dst: Path, to: str, dtype: str, dry_run: bool, overwrite: bool, as_json: bool) -> None:
+def convert(src: Path, dst: Path, as_json: bool, verify: bool, **options: Any) -> None:
     """Write the checkpoint SRC as DST, in the layout --to.
 
     \b
@@ -97,7 +102,7 @@ def convert(src: Path, dst: Path, to: str, dtype: str, dry_run: bool, overwrite:
         from convert.execute import convert as run  # NumPy is slow to load
 
         with _progress_bar() as progress:
-            report = run(src, dst, to=to, dtype=dtype, dry_run=dry_run, overwrite=overwrite, progress=progress)
+            report = run(src, dst, verify_written=verify, progress=progress, **options)
         click.echo(json.dumps(report.to_json(), indent=2) if as_json else _describe(report))
 
 
@@ -168,12 +173,15 @@ def _describe(report: "Report") -> str:
     files = f"{len(plan.files)} file{'s' * (len(plan.files) > 1)}"
     what = f"{sum(1 for _ in plan.tensors)} tensors, {plan.total_bytes:,} bytes in {files}"
     verb = "written" if report.written else "would be written (dry run)"
+    if not report.written:
+        lines.append(f"peak memory: at most {plan.peak_bytes / 1e6:,.0f} MB beside the program itself")
     lines.append(f"{plan.from_layout} -> {plan.to_layout}: {what} {verb}: {report.destination}")
     return "\n".join(lines)
 
 
 def main() -> None:
     """Run the command; the console script's entry."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a polite end is one that can be resumed
     cli(prog_name="mixtral-convert")
 
 

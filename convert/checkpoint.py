@@ -113,6 +113,16 @@ class Checkpoint:
         """Give a tensor as it is stored: a read-only view of the mapped file."""
         return self.files.reader(name)[name]
 
+    def will_need(self, array: NDArray[Any]) -> None:
+        """Have the system read ahead what an array shows, if it is a view of a file."""
+        for reader in self.files.readers.values():
+            reader.will_need(array)
+
+    def release(self, array: NDArray[Any]) -> None:
+        """Give back the memory that an array shows, if it is a view of a file."""
+        for reader in self.files.readers.values():
+            reader.release(array)
+
     def _check_tied_copies(self) -> None:
         sizes = axis_sizes(self.config)
         for name, spec in self.contents.tied_copies.items():
@@ -175,7 +185,18 @@ class View(Mapping[str, NDArray[Any]]):
 
     def pieces(self, name: str) -> Iterator[NDArray[Any]]:
         """Give a tensor as the parts that follow each other in it, one expert's at a time where it is stacked."""
-        return (self._piece(region) for region in self.specs[name].regions)
+        for region in self.specs[name].regions:
+            piece = self._piece(region)
+            self.checkpoint.will_need(piece)
+            yield piece
+
+    def release(self, name: str, piece: NDArray[Any] | None = None) -> None:
+        """Give back the memory of the files' pages that a piece of a tensor shows, or all that it is made of."""
+        if piece is not None:
+            self.checkpoint.release(piece)
+            return
+        for source in self.sources(name):
+            self.checkpoint.release(self.checkpoint.stored(source))
 
     def __getitem__(self, name: str) -> NDArray[Any]:
         spec = self.specs[name]

@@ -7,13 +7,15 @@
     │   └── BadDestination          DST exists, cannot be written, or overlaps SRC
     └── ValueError
         └── ConfigError             exit 3; flax_mixtral's: config.json cannot be honoured
+    KeyboardInterrupt
+    └── Interrupted                 exit 5; what is written so far is kept, and --resume goes on from it
 
 Imports nothing but flax_mixtral.config.
 """
 
 from flax_mixtral.config import ConfigError
 
-__all__ = ["BadDestination", "BadInput", "ConfigError", "TensorMismatch", "UnreadableCheckpoint"]
+__all__ = ["BadDestination", "BadInput", "ConfigError", "Interrupted", "TensorMismatch", "UnreadableCheckpoint"]
 
 
 class BadInput(Exception):  # noqa: N818  # it names the fault, as its subclasses do
@@ -30,3 +32,7 @@ class TensorMismatch(BadInput):
 
 class BadDestination(BadInput):
     """The destination exists, cannot be written, or overlaps the source."""
+
+
+class Interrupted(KeyboardInterrupt):
+    """The conversion was stopped on its way; the message says where its files are."""

@@ -3,31 +3,29 @@
 Imports the standard library, NumPy, and convert's plan and writer.
 """
 
-import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
 from numpy.typing import NDArray
 
-from convert.casting import CASTS, Loss, cast
-from convert.checkpoint import Checkpoint, View
+from convert.casting import CASTS, Loss
+from convert.checkpoint import Checkpoint
+from convert.destination import check_destination, replacing, restore, write_json
 from convert.errors import BadDestination, TensorMismatch
 from convert.io.safetensors import Writer
 from convert.layouts import LAYOUTS
-from convert.plan import MAX_SHARD_BYTES, SIDE_FILES, Plan, PlannedFile, PlannedTensor, make_plan, shard
+from convert.manifest import MANIFEST, fingerprint, manifest
+from convert.plan import MAX_SHARD_BYTES, Plan, PlannedFile, PlannedTensor, make_plan, shard
+from convert.stream import Progress, Stream
+from convert.verify import is_complete, verify
 from flax_mixtral.config import MixtralConfig
 
-__all__ = ["Progress", "Report", "convert", "save"]
-
-Progress = Callable[[str, int, int], None]
-"""Called after each piece with the tensor's name, the bytes written so far and the bytes in all."""
+__all__ = ["Report", "convert", "save"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +36,7 @@ class Report:
     destination: Path
     written: bool = False
     seconds: float = 0.0
+    verified: bool = False
     losses: dict[str, Loss] = field(default_factory=dict)
     """Tensors that a cast changed."""
 
@@ -52,6 +51,7 @@ class Report:
         return {
             "destination": str(self.destination),
             "written": self.written,
+            "verified": self.verified,
             "seconds": round(self.seconds, 3),
             "losses": {name: {key: getattr(loss, key) for key in names} for name, loss in self.losses.items()},
             "plan": self.plan.to_json(),
@@ -64,7 +64,9 @@ def convert(
     *,
     to: str = "flax",
     dtype: str = "keep",
+    verify_written: bool = False,
     dry_run: bool = False,
+    resume: bool = False,
     overwrite: bool = False,
     max_shard_bytes: int = MAX_SHARD_BYTES,
     progress: Progress | None = None,
@@ -76,28 +78,54 @@ def convert(
         dst: the directory to make; its parents are made too.
         to: "flax", "hf-legacy" or "hf-fused".
         dtype: "keep", "bfloat16", "float16" or "float32".
+        verify_written: read everything back from disk and compare it with the source before DST appears.
         dry_run: check everything and plan, write nothing.
+        resume: go on with what the same conversion has left when it was interrupted, however that was.
         overwrite: replace dst if it is a checkpoint and nothing else.
         max_shard_bytes: the most bytes of tensors in one file.
-        progress: told of every piece written.
+        progress: told of every block written.
 
     Raises:
         BadInput, ConfigError: see convert.errors; nothing was written.
+        Interrupted: by KeyboardInterrupt; `resume` goes on.
         ValueError: `to` or `dtype` is unknown.
     """
     started = time.monotonic()
     src, dst = Path(src), Path(dst)
     checkpoint = Checkpoint.open(src)
     plan = make_plan(checkpoint, to, dtype, max_shard_bytes)
-    _check_destination(src, dst, overwrite)
+    if not dry_run:
+        restore(dst)
+    if resume and is_complete(dst, plan):
+        verify(checkpoint, plan, dst)
+        return Report(plan, dst, written=True, seconds=time.monotonic() - started, verified=True)
+    check_destination(src, dst, overwrite)
     if dry_run:
         return Report(plan, dst)
-    with _replacing(dst, plan.total_bytes) as partial:
-        losses = _write_weights(plan, checkpoint.view(to), partial, progress)
-        _write_config(plan, checkpoint, partial)
+    conversion = fingerprint(plan, (src / name for name in ("config.json", *checkpoint.files.readers)))
+    with replacing(dst, plan.total_bytes, conversion, resume=resume) as journal:
+        stream = Stream(checkpoint.view(to), CASTS.get(dtype), journal, plan.total_bytes, progress)
+        _write_files(plan.files, plan.index_name, LAYOUTS[to].format, stream)
+        _write_config(plan, checkpoint, journal.directory)
         for name in plan.side_files:
-            shutil.copyfile(src / name, partial / name)
-    return Report(plan, dst, True, time.monotonic() - started, losses)
+            shutil.copyfile(src / name, journal.directory / name)
+        if verify_written:
+            verify(checkpoint, plan, journal.directory)
+        losses = {name: written.loss for name, written in journal.written.items() if written.loss.changed}
+    return Report(plan, dst, True, time.monotonic() - started, verify_written, losses)
+
+
+@dataclass(frozen=True, slots=True)
+class _Leaves:
+    """Arrays in memory, supplied as they are."""
+
+    arrays: Mapping[str, NDArray[Any]]
+
+    def pieces(self, name: str) -> Iterator[NDArray[Any]]:
+        yield self.arrays[name]
+
+    def release(self, name: str, piece: NDArray[Any] | None = None) -> None:
+        """They are their owner's."""
 
 
 def save(dst: str | Path, leaves: Mapping[str, NDArray[Any]], config: MixtralConfig) -> None:
@@ -124,99 +152,25 @@ def save(dst: str | Path, leaves: Mapping[str, NDArray[Any]], config: MixtralCon
         PlannedTensor(n, leaves[n].dtype, leaves[n].shape, (n,), leaves[n].nbytes, leaves[n].nbytes) for n in specs
     ]
     files, index_name = shard(planned, layout.stem)
-    with _replacing(dst, sum(tensor.nbytes for tensor in planned)) as partial:
-        _write_files(files, index_name, layout.format, lambda tensor: [leaves[tensor.name]], partial)
+    total_bytes = sum(tensor.nbytes for tensor in planned)
+    with replacing(dst, total_bytes, "save", keep=False) as journal:
+        _write_files(files, index_name, layout.format, Stream(_Leaves(leaves), None, journal, total_bytes))
         dtypes = {tensor.dtype.name for tensor in planned}
         dtype = {"dtype": dtypes.pop()} if len(dtypes) == 1 else {}
-        (partial / "config.json").write_text(json.dumps({**config.to_hf(), **dtype}, indent=2) + "\n")
+        write_json(journal.directory / "config.json", {**config.to_hf(), **dtype})
 
 
-def _check_destination(src: Path, dst: Path, overwrite: bool) -> None:
-    real_src, real_dst = src.resolve(), dst.resolve()
-    if real_dst == real_src or real_src in real_dst.parents or real_dst in real_src.parents:
-        raise BadDestination(f"{dst}: DST must lie apart from SRC ({src}), neither inside it nor around it")
-    if not os.path.lexists(dst):
-        return
-    if not overwrite:
-        raise BadDestination(f"{dst}: exists already; choose another DST, or allow to overwrite it")
-    if dst.is_symlink() or not dst.is_dir():
-        raise BadDestination(f"{dst}: is no directory; only a checkpoint's directory is overwritten")
-    known = ("config.json", "*.safetensors", "*.safetensors.index.json", *SIDE_FILES)
-    others = [p.name for p in dst.iterdir() if p.is_dir() or not any(fnmatch(p.name, k) for k in known)]
-    if others:
-        raise BadDestination(f"{dst}: holds {sorted(others)[0]!r}, which is no part of a checkpoint: not overwritten")
-
-
-@contextmanager
-def _replacing(dst: Path, nbytes: int) -> Iterator[Path]:
-    """Give a new directory beside DST that takes its place at the end, or vanishes if anything fails."""
-    partial = dst.parent / f".{dst.name}.{os.getpid()}.partial"
-    replaced = dst.parent / f".{dst.name}.{os.getpid()}.replaced"
-    try:
-        dst.parent.mkdir(parents=True, exist_ok=True)
-        if (free := shutil.disk_usage(dst.parent).free) < nbytes:
-            raise BadDestination(f"{dst}: needs {nbytes:,} bytes, {free:,} are free")
-        partial.mkdir()
-        yield partial
-        if os.path.lexists(dst):
-            dst.rename(replaced)
-        partial.rename(dst)
-        _sync_directory(dst.parent)
-    except OSError as error:
-        raise BadDestination(f"{dst}: cannot be written: {error.strerror or error}") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-        if os.path.lexists(replaced) and not os.path.lexists(dst):
-            replaced.rename(dst)
-        shutil.rmtree(replaced, ignore_errors=True)
-
-
-def _sync_directory(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _write_weights(plan: Plan, view: View, directory: Path, progress: Progress | None) -> dict[str, Loss]:
-    losses: dict[str, Loss] = {}
-    done = 0
-
-    def pieces(tensor: PlannedTensor) -> Iterator[NDArray[Any]]:
-        nonlocal done
-        loss = Loss()
-        for piece in view.pieces(tensor.name):
-            result, lost = cast(piece, CASTS[plan.dtype]) if plan.dtype in CASTS else (piece, Loss())
-            yield result
-            loss += lost
-            done += result.nbytes
-            if progress is not None:
-                progress(tensor.name, done, plan.total_bytes)
-        if loss.changed:
-            losses[tensor.name] = loss
-
-    _write_files(plan.files, plan.index_name, LAYOUTS[plan.to_layout].format, pieces, directory)
-    return losses
-
-
-def _write_files(
-    files: Sequence[PlannedFile],
-    index_name: str | None,
-    file_format: str,
-    pieces: Callable[[PlannedTensor], Iterable[NDArray[Any]]],
-    directory: Path,
-) -> None:
+def _write_files(files: Sequence[PlannedFile], index_name: str | None, file_format: str, stream: Stream) -> None:
+    """Write the weight files, their index and the manifest."""
+    directory = stream.journal.directory
     for file in files:
         specs = [(tensor.name, tensor.dtype, tensor.shape) for tensor in file.tensors]
         with Writer(directory / file.name, specs, file_format) as writer:
-            for tensor in file.tensors:
-                writer.write(tensor.name, pieces(tensor))
+            stream.write(writer, file)
     if index_name is not None:
-        tensors = [(tensor, file) for file in files for tensor in file.tensors]
-        weight_map = {tensor.name: file.name for tensor, file in tensors}
-        index = {"metadata": {"total_size": sum(tensor.nbytes for tensor, _ in tensors)}, "weight_map": weight_map}
-        (directory / index_name).write_text(json.dumps(index, indent=2) + "\n")
+        weight_map = {tensor.name: file.name for file in files for tensor in file.tensors}
+        write_json(directory / index_name, {"metadata": {"total_size": stream.total_bytes}, "weight_map": weight_map})
+    write_json(directory / MANIFEST, manifest(files, stream.journal.written))
 
 
 def _write_config(plan: Plan, checkpoint: Checkpoint, directory: Path) -> None:
@@ -225,5 +179,4 @@ def _write_config(plan: Plan, checkpoint: Checkpoint, directory: Path) -> None:
         shutil.copyfile(checkpoint.path / "config.json", directory / "config.json")
         return
     key = "torch_dtype" if "torch_dtype" in checkpoint.raw_config else "dtype"
-    config = {**checkpoint.raw_config, key: plan.dtype}
-    (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    write_json(directory / "config.json", {**checkpoint.raw_config, key: plan.dtype})

@@ -16,10 +16,14 @@ from convert.checkpoint import Checkpoint
 from convert.errors import TensorMismatch
 from convert.io.files import inside
 from convert.layouts import LAYOUTS
+from convert.transpose import BLOCK_BYTES
 
 __all__ = ["Plan", "PlannedFile", "PlannedTensor", "make_plan", "shard"]
 
 MAX_SHARD_BYTES = 5_000_000_000
+
+HELD_BLOCKS = 32
+"""Those under way and their copies, with room for what a memory allocator keeps."""
 
 SIDE_FILES = (
     "tokenizer*", "generation_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt",
@@ -78,6 +82,11 @@ class Plan:
         """Give the bytes of all tensors: the disk needed, but for headers and side files."""
         return sum(tensor.nbytes for tensor in self.tensors)
 
+    @property
+    def peak_bytes(self) -> int:
+        """Bound the memory that moving takes: what two pieces show of their files, and the blocks under way."""
+        return 2 * max(tensor.piece_bytes for tensor in self.tensors) + HELD_BLOCKS * BLOCK_BYTES
+
     def to_json(self) -> dict[str, Any]:
         """Give the plan as JSON holds it."""
         return {
@@ -86,7 +95,7 @@ class Plan:
             "to": self.to_layout,
             "dtype": self.dtype,
             "total_bytes": self.total_bytes,
-            "piece_bytes": max(tensor.piece_bytes for tensor in self.tensors),
+            "peak_bytes": self.peak_bytes,
             "files": [{"name": f.name, "tensors": [tensor.to_json() for tensor in f.tensors]} for f in self.files],
             "side_files": list(self.side_files),
             "notes": list(self.notes),

@@ -4,10 +4,12 @@ A file is the header's length (8 bytes, little-endian), the header (JSON) and th
 Imports the standard library, NumPy, ml_dtypes and convert's own errors and JSON.
 """
 
+import errno
 import json
 import math
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -20,6 +22,7 @@ from numpy.typing import NDArray
 
 from convert.errors import UnreadableCheckpoint
 from convert.io.json_strict import MAX_JSON_BYTES, parse_object
+from convert.io.mapping import MappedFile
 
 __all__ = ["DTYPES", "Header", "Reader", "Writer", "as_bits"]
 
@@ -87,13 +90,20 @@ class Reader:
         return cls(path, headers, 8 + length)
 
     @cached_property
-    def _map(self) -> NDArray[np.uint8]:
-        return np.memmap(self.path, dtype=np.uint8, mode="r")
+    def _map(self) -> MappedFile:
+        return MappedFile(self.path)
 
     def __getitem__(self, name: str) -> NDArray[Any]:
         header = self.headers[name]
-        # frombuffer cannot make bfloat16 or empty arrays from a map; ndarray over the buffer can, and copies nothing.
-        return np.ndarray(header.shape, header.dtype, self._map.data, self.data_offset + header.start)
+        return self._map.array(header.shape, header.dtype, self.data_offset + header.start)
+
+    def will_need(self, array: NDArray[Any]) -> None:
+        """Have the system read an array of this file ahead."""
+        self._map.will_need(array)
+
+    def release(self, array: NDArray[Any]) -> None:
+        """Give back the pages of an array of this file; an array of another file is left alone."""
+        self._map.release(array)
 
 
 def _entry(entry: Any, where: str) -> Header:
@@ -135,17 +145,17 @@ def _check_cover(headers: Mapping[str, Header], data_bytes: int, path: Path) -> 
 
 
 class Writer:
-    """Writes one file tensor by tensor under a temporary name beside `path`, and renames it when all is on disk."""
+    """Writes one file in place, at any offset and again where it was written before; fsynced when it is left."""
 
     def __init__(self, path: Path, tensors: Sequence[tuple[str, np.dtype[Any], tuple[int, ...]]], format: str) -> None:
         """Lay the file out; equal arguments give equal bytes.
 
         Args:
-            path: the file to make.
+            path: the file to make, or one of the same layout that was begun; what it holds is kept.
             tensors: name, dtype and shape of each tensor.
             format: the value of "format" in the metadata; transformers insists on one.
         """
-        self.path, self.headers, start = path, dict[str, Header](), 0
+        self.headers, start = dict[str, Header](), 0
         # Wide elements first, as the safetensors library does: then every tensor is aligned.
         for name, dtype, shape in sorted(tensors, key=lambda tensor: -tensor[1].itemsize):
             self.headers[name] = Header(dtype, shape, start)
@@ -153,30 +163,57 @@ class Writer:
         raw = json.dumps({"__metadata__": {"format": format}, **{n: _raw(h) for n, h in self.headers.items()}})
         header = raw.encode() + b" " * (-len(raw.encode()) % 8)
         self._data_offset = 8 + len(header)
-        self._partial = path.with_name(f".{path.name}.partial")
-        self._file = self._partial.open("wb")
-        self._file.write(len(header).to_bytes(8, "little") + header)
+        self._file = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_CLOEXEC", 0), 0o666)
+        try:
+            self._lay_out(len(header).to_bytes(8, "little") + header, self._data_offset + start)
+        except BaseException:
+            os.close(self._file)
+            raise
 
-    def write(self, name: str, pieces: Iterable[NDArray[Any]]) -> None:
-        """Write one tensor, given as the pieces that follow each other in it."""
+    def _lay_out(self, header: bytes, size: int) -> None:
+        """Take the disk now rather than run out of it later, where the file system can."""
+        os.truncate(self._file, size)
+        with suppress(AttributeError):  # not on macOS
+            try:
+                os.posix_fallocate(self._file, 0, size)
+            except OSError as error:
+                if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):
+                    raise
+        _write_all(self._file, header, 0)
+
+    def write(self, name: str, at: int, data: NDArray[np.uint8]) -> None:
+        """Write bytes from byte `at` of a tensor on, and have the disk begin with them."""
         header = self.headers[name]
-        self._file.seek(self._data_offset + header.start)
-        written = sum(self._file.write(np.ascontiguousarray(as_bits(piece)).data) for piece in pieces)
-        assert written == header.nbytes, f"{name}: {written} bytes for {header.nbytes}"
+        assert at + data.nbytes <= header.nbytes, f"{name}: {at + data.nbytes} bytes for {header.nbytes}"
+        offset = self._data_offset + header.start + at
+        _write_all(self._file, data.data, offset)
+        if hasattr(os, "posix_fadvise"):  # starts writing now, so that the fsync at the end finds little to do
+            os.posix_fadvise(self._file, offset, data.nbytes, os.POSIX_FADV_DONTNEED)
+
+    def read(self, name: str, chunk_bytes: int = 1 << 24) -> Iterator[bytes]:
+        """Read back what is in the place of a tensor."""
+        header = self.headers[name]
+        offset = self._data_offset + header.start
+        for start in range(0, header.nbytes, chunk_bytes):
+            yield os.pread(self._file, min(chunk_bytes, header.nbytes - start), offset + start)
 
     def __enter__(self) -> "Writer":
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
-        """Bring the file under its name, or remove it if something failed."""
-        if kind is not None:
-            self._file.close()
-            self._partial.unlink()
-            return
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._file.close()
-        self._partial.rename(self.path)
+        """Bring the file to disk, unless something failed."""
+        try:
+            if kind is None:
+                os.fsync(self._file)
+        finally:
+            os.close(self._file)
+
+
+def _write_all(file: int, data: bytes | memoryview, offset: int) -> None:
+    view = memoryview(data)
+    while view:
+        written = os.pwrite(file, view, offset)
+        view, offset = view[written:], offset + written
 
 
 def _raw(header: Header) -> dict[str, Any]:

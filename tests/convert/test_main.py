@@ -114,12 +114,16 @@ def test_interruption_exits_5(hf: Path, monkeypatch: pytest.MonkeyPatch) -> None
     done = invoke(hf, hf.parent / "flax")
     assert done.exit_code == 5
     assert "interrupted" in done.stderr
-    assert [path.name for path in hf.parent.iterdir()] == ["hf"]
+    assert "--resume" in done.stderr
+    assert not (hf.parent / "flax").exists()
+    monkeypatch.undo()
+    assert invoke(hf, hf.parent / "flax", "--resume", "--verify").exit_code == 0
+    assert {path.name for path in hf.parent.iterdir()} == {"hf", "flax"}
 
 
 @pytest.mark.parametrize(
     "args",
-    [["x"], ["x", "y", "z"], ["x", "y", "--to", "mistral"], ["x", "y", "--dtype", "int8"], ["x", "y", "--verify"]],
+    [["x"], ["x", "y", "z"], ["x", "y", "--to", "mistral"], ["x", "y", "--dtype", "int8"], ["x", "y", "--really"]],
 )
 def test_wrong_usage_exits_2(args: list[str]) -> None:
     assert invoke(*args).exit_code == 2

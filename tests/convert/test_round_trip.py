@@ -159,7 +159,7 @@ def test_side_files_are_carried_along(tmp_path: Path) -> None:
     names = {path.name for path in (tmp_path / "flax").iterdir()}
     assert names == {
         "config.json", "flax_model.safetensors", "generation_config.json", "tokenizer.json", "tokenizer.model",
-        "chat_template.jinja",
+        "chat_template.jinja", "manifest.json",
     }  # fmt: skip
 
 
