@@ -22,7 +22,7 @@ from convert.io.safetensors import Writer
 from convert.layouts import LAYOUTS
 from flax_mixtral.config import MixtralConfig
 
-SHAPES: dict[str, dict[str, int]] = {
+SHAPES: dict[str, dict[str, Any]] = {
     "1.6 GB": {"hidden_size": 1024, "intermediate_size": 3584, "num_hidden_layers": 8, "num_attention_heads": 16},
     "12 GB": {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 4, "num_attention_heads": 32},
 }
@@ -61,7 +61,7 @@ print(json.dumps({{"seconds": time.perf_counter() - start, "growth_bytes": peak(
 """
 
 
-def write_random(path: Path, shape: dict[str, int]) -> MixtralConfig:
+def write_random(path: Path, shape: dict[str, Any]) -> MixtralConfig:
     """Write a bfloat16 checkpoint as hf-legacy; values repeat, as nothing here looks at them."""
     config = MixtralConfig(**{"num_key_value_heads": 8, "head_dim": 64, **shape})
     layout = LAYOUTS["hf-legacy"]

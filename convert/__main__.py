@@ -25,6 +25,9 @@ __all__ = ["cli", "main"]
 
 BAD_INPUT, INTERRUPTED = 3, 5
 
+LAYOUT_NAMES = ("flax", "hf-legacy", "hf-fused", "mistral", "mistral-stacked")
+"""Those of convert.layouts, which would load NumPy."""
+
 
 class _ConvertByDefault(click.Group):
     """A group in which `SRC DST` alone means `convert SRC DST`."""
@@ -73,7 +76,8 @@ def cli() -> None:
 @cli.command()
 @click.argument("src", type=click.Path(path_type=Path))
 @click.argument("dst", type=click.Path(path_type=Path))
-@click.option("--to", type=click.Choice(["flax", "hf-legacy", "hf-fused"]), default="flax", show_default=True)
+@click.option("--to", type=click.Choice(LAYOUT_NAMES), default="flax", show_default=True)
+@click.option("--container", type=click.Choice(["safetensors", "orbax"]), default="safetensors", show_default=True)
 @click.option(
     "--dtype",
     type=click.Choice(["keep", "bfloat16", "float16", "float32"]),
@@ -81,6 +85,7 @@ def cli() -> None:
     show_default=True,
     help="Cast every tensor; what that loses is counted and reported.",
 )
+@click.option("--rope-theta", type=float, help="For a params.json that has none; nothing is guessed.")
 @click.option("--verify", is_flag=True, help="Read everything back from disk and compare it with SRC.")
 @click.option("--dry-run", is_flag=True, help="Check everything and print the plan; write nothing.")
 @click.option("--resume", is_flag=True, help="Go on with the same conversion where it was interrupted or killed.")
@@ -90,14 +95,19 @@ def convert(src: Path, dst: Path, as_json: bool, verify: bool, **options: Any) -
     """Write the checkpoint SRC as DST, in the layout --to.
 
     \b
-    SRC  a directory with config.json and safetensors (one file or shards; the layout is recognised)
+    SRC  a directory with config.json or params.json and weights: safetensors, PyTorch's .bin, .pt and .pth,
+         in one file or shards; the layout is recognised
     DST  a directory that does not exist; it appears when it is complete
 
     \b
     Layouts: flax       the Flax tree, experts stacked
              hf-legacy  Hugging Face, one tensor per expert (what transformers writes)
              hf-fused   Hugging Face, experts stacked (transformers 5.x in memory)
+             mistral    Mistral's own, one tensor per expert, with params.json
+             mistral-stacked  the same with the experts stacked (the first release)
     """  # noqa: D301  # as above
+    if options["container"] == "orbax" and options["to"] != "flax":
+        raise click.UsageError(f"--container orbax is for --to flax, not {options['to']}")
     with _exit_codes():
         from convert.execute import convert as run  # NumPy is slow to load
 
@@ -108,13 +118,14 @@ def convert(src: Path, dst: Path, as_json: bool, verify: bool, **options: Any) -
 
 @cli.command()
 @click.argument("src", type=click.Path(path_type=Path))
+@click.option("--rope-theta", type=float, help="For a params.json that has none.")
 @click.option("--json", "as_json", is_flag=True, help="Print it as JSON, every tensor included.")
-def inspect(src: Path, as_json: bool) -> None:
+def inspect(src: Path, rope_theta: float | None, as_json: bool) -> None:
     """Say what is in the checkpoint SRC, from its headers alone."""
     with _exit_codes():
         from convert.checkpoint import Checkpoint  # NumPy is slow to load
 
-        facts = _facts(Checkpoint.open(src))
+        facts = _facts(Checkpoint.open(src, rope_theta))
         if as_json:
             click.echo(json.dumps(facts, indent=2))
             return

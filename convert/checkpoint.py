@@ -13,11 +13,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from convert.diagnose import explain
-from convert.errors import TensorMismatch
+from convert.errors import ConfigError, TensorMismatch
 from convert.io.files import WeightFiles, find_weights, inside
 from convert.io.json_strict import read_object
 from convert.io.safetensors import Header, as_bits
 from convert.layouts import LAYOUTS
+from convert.mistral_params import read_params
 from convert.recognise import Recognised, recognise
 from convert.rules import Region, TensorSpec
 from flax_mixtral.axes import axis_sizes
@@ -36,13 +37,17 @@ class Checkpoint:
     path: Path
     config: MixtralConfig
     raw_config: dict[str, Any]
-    """config.json as it is."""
+    """config.json as it is, or what a params.json says in its words."""
     files: WeightFiles
     contents: Recognised
 
     @classmethod
-    def open(cls, path: str | Path) -> "Checkpoint":
-        """Open a directory with config.json and safetensors of any layout, or of several.
+    def open(cls, path: str | Path, rope_theta: float | None = None) -> "Checkpoint":
+        """Open a directory with config.json (or Mistral's params.json) and weights of any layout, or of several.
+
+        Args:
+            path: the directory.
+            rope_theta: what a params.json without one leaves open.
 
         Raises:
             UnreadableCheckpoint: a file is missing, truncated or corrupt.
@@ -50,7 +55,7 @@ class Checkpoint:
             TensorMismatch: tensors are missing, unexpected, misshaped or there twice; the message lists all.
         """
         path = Path(path)
-        raw_config = read_object(inside(path, "config.json"))
+        raw_config = _raw_config(path, rope_theta)
         config = MixtralConfig.from_hf(raw_config)
         files = find_weights(path)
         _check_counts(config, len(files.headers), path)
@@ -97,16 +102,20 @@ class Checkpoint:
             for name in self.contents.tied_copies
         )
         buffers = (f"{name} is no parameter, config.json gives it: left out" for name in self.contents.buffers)
-        return (*tied, *buffers)
+        copies = (f"{name}: another copy of the weights, left out" for name in self.files.passed_over)
+        return (*tied, *buffers, *copies)
 
     def view(self, layout: str) -> "View":
-        """See the checkpoint in a layout: "flax", "hf-legacy" or "hf-fused".
+        """See the checkpoint in a layout: "flax", "hf-legacy", "hf-fused", "mistral" or "mistral-stacked".
 
         Raises:
             ValueError: there is no such layout.
+            TensorMismatch: the layout has no place for some of the parameters.
         """
         if layout not in LAYOUTS:
             raise ValueError(f"no layout {layout!r}: expected one of {', '.join(LAYOUTS)}")
+        if lacking := LAYOUTS[layout].lacks(self.config):
+            raise TensorMismatch(f"{self.path}: the layout {layout} has no place for {', '.join(lacking[:8])}")
         return View(self, layout)
 
     def stored(self, name: str) -> NDArray[Any]:
@@ -134,6 +143,14 @@ class Checkpoint:
                     f"{self.path}: config.json ties the head to the embedding, but {name} differs from {tied}\n"
                     "  likely cause: tie_word_embeddings should be false"
                 )
+
+
+def _raw_config(path: Path, rope_theta: float | None) -> dict[str, Any]:
+    if not (path / "config.json").exists() and (path / "params.json").exists():
+        return read_params(read_object(inside(path, "params.json")), rope_theta)
+    if rope_theta is not None:
+        raise ConfigError(f"{path}: rope_theta can be given where params.json is all there is; config.json has its own")
+    return read_object(inside(path, "config.json"))
 
 
 def _check_counts(config: MixtralConfig, tensors: int, path: Path) -> None:

@@ -27,6 +27,7 @@ FIELDS = {
     "N": "num_attention_heads",
     "K": "num_key_value_heads",
     "H": "head_dim",
+    "P": "head_dim / 2",
     "E": "num_local_experts",
     "C": "id2label",
 }

@@ -17,9 +17,11 @@ from convert.casting import CASTS, Loss
 from convert.checkpoint import Checkpoint
 from convert.destination import check_destination, replacing, restore, write_json
 from convert.errors import BadDestination, TensorMismatch
-from convert.io.safetensors import Writer
+from convert.io.files import ORBAX
+from convert.io.safetensors import Reader, Writer
 from convert.layouts import LAYOUTS
 from convert.manifest import MANIFEST, fingerprint, manifest
+from convert.mistral_params import write_params
 from convert.plan import MAX_SHARD_BYTES, Plan, PlannedFile, PlannedTensor, make_plan, shard
 from convert.stream import Progress, Stream
 from convert.verify import is_complete, verify
@@ -63,7 +65,9 @@ def convert(
     dst: str | Path,
     *,
     to: str = "flax",
+    container: str = "safetensors",
     dtype: str = "keep",
+    rope_theta: float | None = None,
     verify_written: bool = False,
     dry_run: bool = False,
     resume: bool = False,
@@ -74,10 +78,12 @@ def convert(
     """Write a checkpoint in another layout, bit for bit unless a cast is asked for; DST appears whole or not at all.
 
     Args:
-        src: a directory with config.json and safetensors.
+        src: a directory with config.json or params.json, and weights in any layout and container.
         dst: the directory to make; its parents are made too.
-        to: "flax", "hf-legacy" or "hf-fused".
+        to: "flax", "hf-legacy", "hf-fused", "mistral" or "mistral-stacked".
+        container: "safetensors", or "orbax" for the layout flax.
         dtype: "keep", "bfloat16", "float16" or "float32".
+        rope_theta: for a params.json that has none.
         verify_written: read everything back from disk and compare it with the source before DST appears.
         dry_run: check everything and plan, write nothing.
         resume: go on with what the same conversion has left when it was interrupted, however that was.
@@ -88,12 +94,12 @@ def convert(
     Raises:
         BadInput, ConfigError: see convert.errors; nothing was written.
         Interrupted: by KeyboardInterrupt; `resume` goes on.
-        ValueError: `to` or `dtype` is unknown.
+        ValueError: `to`, `container` or `dtype` is unknown.
     """
     started = time.monotonic()
     src, dst = Path(src), Path(dst)
-    checkpoint = Checkpoint.open(src)
-    plan = make_plan(checkpoint, to, dtype, max_shard_bytes)
+    checkpoint = Checkpoint.open(src, rope_theta)
+    plan = make_plan(checkpoint, to, dtype, max_shard_bytes, container)
     if not dry_run:
         restore(dst)
     if resume and is_complete(dst, plan):
@@ -102,10 +108,13 @@ def convert(
     check_destination(src, dst, overwrite)
     if dry_run:
         return Report(plan, dst)
-    conversion = fingerprint(plan, (src / name for name in ("config.json", *checkpoint.files.readers)))
-    with replacing(dst, plan.total_bytes, conversion, resume=resume) as journal:
+    configs = (name for name in ("config.json", "params.json") if (src / name).exists())
+    conversion = fingerprint(plan, (src / name for name in (*configs, *checkpoint.files.readers)))
+    with replacing(dst, plan.disk_bytes, conversion, resume=resume) as journal:
         stream = Stream(checkpoint.view(to), CASTS.get(dtype), journal, plan.total_bytes, progress)
         _write_files(plan.files, plan.index_name, LAYOUTS[to].format, stream)
+        if container == "orbax":
+            _repack(plan, journal.directory)
         _write_config(plan, checkpoint, journal.directory)
         for name in plan.side_files:
             shutil.copyfile(src / name, journal.directory / name)
@@ -173,10 +182,29 @@ def _write_files(files: Sequence[PlannedFile], index_name: str | None, file_form
     write_json(directory / MANIFEST, manifest(files, stream.journal.written))
 
 
+def _repack(plan: Plan, directory: Path) -> None:
+    """Put the tensors that have been written into an Orbax directory, and take their files away."""
+    from convert.io.orbax import write as write_orbax  # needs JAX
+
+    readers = {file.name: Reader.open(directory / file.name) for file in plan.files}
+    leaves = {tensor.name: readers[file.name][tensor.name] for file in plan.files for tensor in file.tensors}
+    shutil.rmtree(directory / ORBAX, ignore_errors=True)
+    write_orbax(directory / ORBAX, leaves)
+    for file in plan.files:
+        (directory / file.name).unlink()
+    if plan.index_name is not None:
+        (directory / plan.index_name).unlink()
+
+
 def _write_config(plan: Plan, checkpoint: Checkpoint, directory: Path) -> None:
-    """Copy config.json as it is; a cast changes the one key that names the dtype."""
-    if plan.dtype == "keep":
-        shutil.copyfile(checkpoint.path / "config.json", directory / "config.json")
-        return
-    key = "torch_dtype" if "torch_dtype" in checkpoint.raw_config else "dtype"
-    write_json(directory / "config.json", {**checkpoint.raw_config, key: plan.dtype})
+    """Copy config.json as it is; a cast changes the one key that names the dtype. Mistral's has params.json too."""
+    source = checkpoint.path / "config.json"
+    if plan.dtype == "keep" and source.exists():
+        shutil.copyfile(source, directory / "config.json")
+    else:
+        key = "torch_dtype" if "torch_dtype" in checkpoint.raw_config else "dtype"
+        dtypes = {tensor.dtype.name for tensor in plan.tensors}
+        dtype = {key: dtypes.pop()} if len(dtypes) == 1 else {}
+        write_json(directory / "config.json", {**checkpoint.raw_config, **dtype})
+    if LAYOUTS[plan.to_layout].native:
+        write_json(directory / "params.json", write_params(checkpoint.config))

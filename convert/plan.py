@@ -16,11 +16,14 @@ from convert.checkpoint import Checkpoint
 from convert.errors import TensorMismatch
 from convert.io.files import inside
 from convert.layouts import LAYOUTS
+from convert.mistral_params import write_params
 from convert.transpose import BLOCK_BYTES
 
 __all__ = ["Plan", "PlannedFile", "PlannedTensor", "make_plan", "shard"]
 
 MAX_SHARD_BYTES = 5_000_000_000
+
+CONTAINERS = ("safetensors", "orbax")
 
 HELD_BLOCKS = 32
 """Those under way and their copies, with room for what a memory allocator keeps."""
@@ -66,6 +69,8 @@ class Plan:
     from_layout: str
     to_layout: str
     dtype: str
+    container: str
+    """"safetensors" or "orbax"; for the latter, the files listed are written first and removed at the end."""
     files: tuple[PlannedFile, ...]
     index_name: str | None
     """None for a single file."""
@@ -83,6 +88,11 @@ class Plan:
         return sum(tensor.nbytes for tensor in self.tensors)
 
     @property
+    def disk_bytes(self) -> int:
+        """Give the disk needed on the way."""
+        return self.total_bytes * (2 if self.container == "orbax" else 1)
+
+    @property
     def peak_bytes(self) -> int:
         """Bound the memory that moving takes: what two pieces show of their files, and the blocks under way."""
         return 2 * max(tensor.piece_bytes for tensor in self.tensors) + HELD_BLOCKS * BLOCK_BYTES
@@ -94,6 +104,7 @@ class Plan:
             "from": self.from_layout,
             "to": self.to_layout,
             "dtype": self.dtype,
+            "container": self.container,
             "total_bytes": self.total_bytes,
             "peak_bytes": self.peak_bytes,
             "files": [{"name": f.name, "tensors": [tensor.to_json() for tensor in f.tensors]} for f in self.files],
@@ -102,7 +113,13 @@ class Plan:
         }
 
 
-def make_plan(checkpoint: Checkpoint, to: str, dtype: str, max_shard_bytes: int = MAX_SHARD_BYTES) -> Plan:
+def make_plan(
+    checkpoint: Checkpoint,
+    to: str,
+    dtype: str,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+    container: str = "safetensors",
+) -> Plan:
     """Plan a conversion from headers alone.
 
     Args:
@@ -110,20 +127,29 @@ def make_plan(checkpoint: Checkpoint, to: str, dtype: str, max_shard_bytes: int 
         to: the layout to write.
         dtype: "keep", or one of CASTS.
         max_shard_bytes: start a new file before one exceeds this; a larger tensor has a file of its own.
+        container: "safetensors", or "orbax" for the layout flax.
 
     Raises:
         ValueError: an argument has an unknown value.
         TensorMismatch: a target tensor would be made of several dtypes, and no cast was asked for.
+        ConfigError: the layout is Mistral's, and its params.json cannot hold the configuration.
         UnreadableCheckpoint: a side file leads out of the directory.
     """
     if dtype != "keep" and dtype not in CASTS:
         raise ValueError(f"no dtype {dtype!r}: expected one of keep, {', '.join(CASTS)}")
-    files, index_name = shard(_tensors(checkpoint, to, CASTS.get(dtype)), LAYOUTS[to].stem, max_shard_bytes)
+    if container not in CONTAINERS or (container == "orbax" and to != "flax"):
+        raise ValueError(f"container {container!r}: expected safetensors, or orbax for the layout flax (not {to})")
+    tensors = _tensors(checkpoint, to, CASTS.get(dtype))
+    if LAYOUTS[to].native:
+        write_params(checkpoint.config)  # refuses what it cannot hold
+        max_shard_bytes = sum(tensor.nbytes for tensor in tensors)  # mistral-inference reads one file
+    files, index_name = shard(tensors, LAYOUTS[to].stem, max_shard_bytes)
     return Plan(
         source=checkpoint.path,
         from_layout=checkpoint.layout,
         to_layout=to,
         dtype=dtype,
+        container=container,
         files=files,
         index_name=index_name,
         side_files=tuple(_side_files(checkpoint.path)),

@@ -53,9 +53,10 @@ def recognise(config: MixtralConfig, headers: Mapping[str, Header]) -> tuple[Rec
         config: what the model must have.
         headers: every tensor of the checkpoint.
     """
-    tables = {name: layout.tensors(config) for name, layout in LAYOUTS.items()}
+    layouts = {name: layout for name, layout in LAYOUTS.items() if not layout.lacks(config)}
+    tables = {name: layout.tensors(config) for name, layout in layouts.items()}
     untied = replace(config, tie_word_embeddings=False)
-    heads = {n: spec for layout in LAYOUTS.values() for n, spec in layout.tensors(untied).items()}
+    heads = {n: spec for layout in layouts.values() for n, spec in layout.tensors(untied).items()}
     found, wrong = Recognised(), Mismatches()
     for name, header in headers.items():
         homes = [layout for layout, table in tables.items() if name in table]
@@ -90,6 +91,8 @@ def _missing(config: MixtralConfig, names: Iterable[str], found: Recognised) -> 
     if not tensors(LAYOUTS["flax"]):
         return []
     matches = {
-        name: sum(any(rule.match(n) for rule in layout.rules) for n in names) for name, layout in LAYOUTS.items()
+        name: sum(any(rule.match(n) for rule in layout.rules) for n in names)
+        for name, layout in LAYOUTS.items()
+        if not layout.lacks(config)
     }
     return tensors(LAYOUTS[max(matches, key=matches.__getitem__)])

@@ -80,6 +80,14 @@ class Layout:
     stem: str
     format: str
     rules: tuple[Rule, ...]
+    native: bool = False
+    """Mistral's own: one file, a params.json, and the language model alone."""
+
+    def lacks(self, config: MixtralConfig) -> list[str]:
+        """List the parameters of a model that have no place in this layout."""
+        rows = {rule.target for rule in self.rules}
+        bare = config.architecture == "MixtralModel" and self.native
+        return [slot.path for slot in slots(config) if bare or slot.leaf.path.removeprefix("model.") not in rows]
 
     def tensors(self, config: MixtralConfig) -> dict[str, TensorSpec]:
         """List the tensors that a model has in this layout, in the order of the Flax tree."""

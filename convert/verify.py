@@ -48,7 +48,7 @@ def verify(checkpoint: Checkpoint, plan: Plan, directory: Path) -> None:
     Raises:
         BadDestination: a tensor differs.
     """
-    _forget(directory / file.name for file in plan.files)
+    _forget(path for file in plan.files if (path := directory / file.name).exists())
     written = Checkpoint.open(directory)
     listed = read_object(directory / MANIFEST)["tensors"]
     with ThreadPoolExecutor(2) as workers:

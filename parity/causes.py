@@ -28,6 +28,8 @@ class Suspect:
         flax: Flax's points.
         dtype: what both computed in.
         routing: torch's experts where they were forced on Flax.
+        inputs: what each operation was fed, where that was not Flax's own points.
+        point: the point to explain; None for any that fails.
     """
 
     layer: int | None
@@ -37,6 +39,8 @@ class Suspect:
     flax: Trace
     dtype: Precision
     routing: Array | None = None
+    inputs: Trace | None = None
+    point: str | None = None
 
 
 def name_causes(
@@ -78,6 +82,8 @@ def name_causes(
         suspect.flax,
         dtype=suspect.dtype,
         routing=suspect.routing,
+        inputs=suspect.inputs,
+        point=suspect.point,
     )
 
 

@@ -119,13 +119,13 @@ class Walk:
         torch = self._with_lens(self.sides.torch, self.sides.torch.block(layer, stream.torch_BTD, batch), batch)
         local = self._beside(torch, layer, "local", batch, stream.torch_BTD, stream.torch_BTD)
         findings = list(self._judge_block(layer, "local", batch, local))
-        if self.dtype == "bfloat16" and "attn_probs" in torch.arrays:  # sdpa has none to start from
-            findings += self._judge_operations(layer, stream, torch)
+        yield from findings
         if self.suspect is None and _blamed(findings):
             forced = local.routing is not None and bool(local.routing.flips)
             routing = torch["router_ids"] if forced else None
             self.suspect = Suspect(layer, batch, stream.torch_BTD, torch, local.traces[1], self.dtype, routing)
-        yield from findings
+        if self.dtype == "bfloat16" and "attn_probs" in torch.arrays:
+            yield from self._operations(layer, stream, torch)
         own = self._beside(torch, layer, "propagated", batch, stream.flax_BTD, stream.oracle_BTD)
         yield from self._judge_block(layer, "propagated", batch, own)
         stream.torch_BTD, stream.flax_BTD, stream.oracle_BTD = (trace["resid_out"] for trace in own.traces)
@@ -135,20 +135,34 @@ class Walk:
             if "router_logits" in trace.arrays:
                 stream.router_logits[side].append(trace["router_logits"])
 
-    def _judge_operations(self, layer: int, stream: Stream, torch: Trace) -> Iterator[Finding]:
+    def _operations(self, layer: int, stream: Stream, torch: Trace) -> Iterator[Finding]:
         """Run every operation alone on torch's recorded input; what a side cannot run so is unchecked."""
         found, exact = (
             side.operations(layer, stream.torch_BTD, torch, stream.batch) if isinstance(side, Operations) else Trace()
             for side in (self.sides.flax, self.sides.oracle)
         )
-        place = self._place(layer, "operation", stream.batch)
-        for name, point in operation_points(self.config):
-            arrays = [trace.arrays.get(name) for trace in (torch, found, exact)]
-            if point.axes == "B N T S":  # hidden keys have no part, and padding is no query
-                seen = [None if array is None else array[_seen(stream.batch, array)][:, None] for array in arrays]
-                yield judge(name, point, place, *seen)
-            else:
-                yield judge(name, point, place, *arrays, rows=_real_rows(point, stream.batch))
+        findings = [
+            self._judge_operation(
+                name, point, self._place(layer, "operation", stream.batch), (torch, found, exact), stream
+            )
+            for name, point in operation_points(self.config)
+        ]
+        yield from findings
+        if self.suspect is None and _blamed(findings):
+            first = next(finding.point for finding in findings if finding.verdict == "fail")
+            self.suspect = Suspect(
+                layer, stream.batch, stream.torch_BTD, torch, found, self.dtype, torch["router_ids"], torch, first
+            )
+
+    def _judge_operation(
+        self, name: str, point: Point, place: Place, traces: tuple[Trace, Trace, Trace], stream: Stream
+    ) -> Finding:
+        arrays = [trace.arrays.get(name) for trace in traces]
+        if point.axes != "B N T S":
+            return judge(name, point, place, *arrays, rows=_real_rows(point, stream.batch))
+        # Hidden keys have no part, and padding is no query.
+        seen = [None if array is None else array[_seen(stream.batch, array)][:, None] for array in arrays]
+        return judge(name, point, place, *seen)
 
     def _place(self, layer: int | None, mode: Mode, batch: Batch) -> Place:
         return Place(layer, mode, batch.name, self.dtype)

@@ -1,10 +1,10 @@
 """Find the weight files of a checkpoint directory and collect their headers; nothing outside it is opened.
 
-Imports the standard library, NumPy and convert's reader.
+Imports the standard library and convert's readers.
 """
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -12,57 +12,132 @@ from typing import Any, Protocol
 from numpy.typing import NDArray
 
 from convert.errors import TensorMismatch, UnreadableCheckpoint
+from convert.io import safetensors, torch_bin
 from convert.io.json_strict import read_object
-from convert.io.safetensors import Header, Reader
-from convert.layouts import LAYOUTS
+from convert.io.safetensors import Header
 
-__all__ = ["WeightFiles", "find_weights", "inside"]
+__all__ = ["ORBAX", "Reader", "WeightFiles", "find_weights", "inside"]
+
+ORBAX = "flax_model.orbax"
+
+SETS: tuple[tuple[str, ...], ...] = (
+    ("flax_model.safetensors", "model.safetensors", ORBAX),
+    ("pytorch_model.bin",),
+    ("consolidated*.safetensors", "consolidated*.pth", "consolidated*.pt"),
+)
+"""Where weights may be. Repositories hold them several times: the first line that is there counts, as in transformers.
+
+A file of the first two lines may be in shards, and has an index then; those of the third hold different keys each.
+"""
 
 
-class Tensors(Protocol):
-    """What tensors are read from: a file's reader, or a mapping in memory."""
+class Reader(Protocol):
+    """One weight file whose header has been checked."""
 
-    def __getitem__(self, name: str, /) -> NDArray[Any]: ...
+    @property
+    def headers(self) -> Mapping[str, Header]:
+        """Dtype and shape of every tensor in it."""
+        ...
+
+    def __getitem__(self, name: str) -> NDArray[Any]:
+        """Give a tensor, read-only; a view of the mapped file where there is one."""
+        ...
+
+    def will_need(self, array: NDArray[Any]) -> None:
+        """Have the system read an array of this file ahead; do nothing for another's."""
+        ...
+
+    def release(self, array: NDArray[Any]) -> None:
+        """Give back the memory of an array of this file; do nothing for another's."""
+        ...
+
+
+@dataclass(frozen=True)
+class InMemory:
+    """Arrays with the face of a weight file."""
+
+    arrays: Mapping[str, NDArray[Any]]
+
+    @property
+    def headers(self) -> Mapping[str, Header]:
+        """See `Reader.headers`."""
+        return {name: Header(array.dtype, array.shape, 0) for name, array in self.arrays.items()}
+
+    def __getitem__(self, name: str) -> NDArray[Any]:
+        return self.arrays[name]
+
+    def will_need(self, array: NDArray[Any]) -> None:
+        """See `Reader.will_need`; it is here already."""
+
+    def release(self, array: NDArray[Any]) -> None:
+        """See `Reader.release`; it is the caller's."""
 
 
 @dataclass(frozen=True)
 class WeightFiles:
     """The readers of all weight files, and which of them holds each tensor."""
 
-    readers: Mapping[str, Tensors]
+    readers: dict[str, Reader]
     homes: dict[str, str]
     headers: Mapping[str, Header]
+    passed_over: tuple[str, ...] = ()
+    """Other copies of the weights in the same directory."""
 
     @classmethod
     def of_arrays(cls, arrays: Mapping[str, NDArray[Any]]) -> "WeightFiles":
         """Give arrays in memory the face of one file."""
-        headers = {name: Header(array.dtype, array.shape, 0) for name, array in arrays.items()}
-        return cls({"memory": arrays}, dict.fromkeys(arrays, "memory"), headers)
+        reader = InMemory(arrays)
+        return cls({"memory": reader}, dict.fromkeys(arrays, "memory"), reader.headers)
 
-    def reader(self, tensor: str) -> Tensors:
+    def reader(self, tensor: str) -> Reader:
         """Give the file that holds a tensor."""
         return self.readers[self.homes[tensor]]
 
 
 def find_weights(root: Path) -> WeightFiles:
-    """Open the one set of weight files in a directory: a single file, or shards with their index.
+    """Open the weight files in a directory: a single file, shards with their index, or Mistral's consolidated ones.
 
     Raises:
-        UnreadableCheckpoint: there is none or more than one, or a file is missing, corrupt or outside.
+        UnreadableCheckpoint: there are none, or two that count alike, or a file is missing, corrupt or outside.
         TensorMismatch: index and shards disagree about who holds what.
     """
-    stems = dict.fromkeys(layout.stem for layout in LAYOUTS.values())
-    names = [f"{stem}.safetensors{end}" for stem in stems for end in ("", ".index.json")]
-    there = [name for name in names if (root / name).exists()]
-    if len(there) != 1:
-        found = f"found {' and '.join(there)}; keep the one that counts" if there else "found none"
-        raise UnreadableCheckpoint(f"{root}: expected one of {', '.join(names)}; {found}")
-    if there[0].endswith(".safetensors"):
-        return _collect({there[0]: Reader.open(inside(root, there[0]))}, str(root))
-    index = root / there[0]
-    weight_map = _weight_map(inside(root, there[0]))
-    readers = {name: Reader.open(inside(root, name)) for name in _shards(root, index, weight_map)}
-    files = _collect(readers, str(index))
+    found = [[entry for pattern in line for entry in _entries(root, pattern)] for line in SETS]
+    there = [line for line in found if line]
+    if not there or len(there[0]) > 1:
+        names = " and ".join(entry[0] for entry in there[0]) if there else ""
+        saw = f"found {names}; keep the one that counts" if there else "found none"
+        wanted = ", ".join(pattern for line in SETS for pattern in line)
+        raise UnreadableCheckpoint(f"{root}: expected one of {wanted}, or an index of the first ones; {saw}")
+    passed_over = tuple(name for line in there[1:] for entry in line for name in entry)
+    files = there[0][0]
+    if not files[0].endswith(".index.json"):
+        return _collect({name: _open(inside(root, name)) for name in files}, str(root), passed_over)
+    return _indexed(root, root / files[0], passed_over)
+
+
+def _entries(root: Path, pattern: str) -> Iterator[list[str]]:
+    """Give the sets of files that go by a pattern: one of several if it has a star."""
+    if "*" in pattern:
+        if several := sorted(path.name for path in root.glob(pattern)):
+            yield several
+        return
+    yield from ([name] for name in (pattern, f"{pattern}.index.json") if (root / name).exists())
+
+
+def _open(path: Path) -> Reader:
+    if path.suffix == ".safetensors":
+        return safetensors.Reader.open(path)
+    if path.suffix == ".orbax":
+        from convert.io.orbax import OrbaxReader  # needs JAX, which nothing else here does
+
+        return OrbaxReader.open(path)
+    return torch_bin.TorchReader.open(path)
+
+
+def _indexed(root: Path, index: Path, passed_over: tuple[str, ...]) -> WeightFiles:
+    weight_map = _weight_map(inside(root, index.name))
+    readers = {name: _open(inside(root, name)) for name in _shards(root, index, weight_map)}
+    files = _collect(readers, str(index), passed_over)
     wrong = [
         f"{tensor}: the index says {weight_map.get(tensor, 'nothing')}, found in {files.homes.get(tensor, 'no file')}"
         for tensor in dict.fromkeys([*weight_map, *files.homes])
@@ -86,7 +161,7 @@ def inside(root: Path, name: str) -> Path:
     is_blob = real_root.parent.name == "snapshots" and real.parent == real_root.parent.parent / "blobs"
     if real.parent != real_root and not is_blob:
         raise UnreadableCheckpoint(f"{root / name}: a link that leads out of the checkpoint")
-    if real.exists() and not real.is_file():
+    if real.exists() and not (real.is_dir() if name == ORBAX else real.is_file()):
         raise UnreadableCheckpoint(f"{root / name}: expected a regular file")
     return root / name
 
@@ -110,7 +185,7 @@ def _shards(root: Path, index: Path, weight_map: Mapping[str, str]) -> list[str]
     return sorted(shards)
 
 
-def _collect(readers: dict[str, Reader], where: str) -> WeightFiles:
+def _collect(readers: dict[str, Reader], where: str, passed_over: tuple[str, ...]) -> WeightFiles:
     homes: dict[str, str] = {}
     twice = []
     for file, reader in readers.items():
@@ -119,7 +194,7 @@ def _collect(readers: dict[str, Reader], where: str) -> WeightFiles:
     if twice:
         raise TensorMismatch("\n    ".join([f"{where}: tensors are present twice:", *_first(sorted(twice))]))
     headers = {tensor: readers[file].headers[tensor] for tensor, file in homes.items()}
-    return WeightFiles(readers, homes, headers)
+    return WeightFiles(readers, homes, headers, passed_over)
 
 
 def _first(lines: list[str]) -> list[str]:

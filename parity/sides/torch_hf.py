@@ -285,7 +285,9 @@ def _recording_attention(attention: str, seen: dict[str, Tensor]) -> Iterator[No
     def record(module: nn.Module, query: Tensor, key: Tensor, *args: Any, **kwargs: Any) -> Any:
         context, weights = delegate(module, query, key, *args, **kwargs)
         seen.update(q_rot=query.transpose(1, 2), k_rot=key.transpose(1, 2), attn_context=context)
-        if weights is not None:  # eager: its scores are not to be had, so they are computed as it does, before the mask
+        # Only where every rounding is written out can operations be compared one by one: in eager attention (whose
+        # scores are computed here as it does, before the mask), and where experts are summed in float32.
+        if weights is not None and module.config._experts_implementation != "eager":
             keys = mixtral.repeat_kv(key, query.shape[1] // key.shape[1])
             seen.update(attn_scores=query @ keys.transpose(2, 3) * kwargs["scaling"], attn_probs=weights)
         return context, weights

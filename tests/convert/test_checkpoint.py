@@ -15,7 +15,7 @@ from tests.convert.edit import edit_tensors, stored
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("views")
     write_checkpoint(path / "hf-legacy", num_local_experts=11, num_hidden_layers=2)
-    for to in ("hf-fused", "flax"):
+    for to in ("hf-fused", "flax", "mistral", "mistral-stacked"):
         convert(path / "hf-legacy", path / to, to=to)
     return path
 
@@ -63,8 +63,8 @@ def test_config_is_kept_as_it_is(folder: Path) -> None:
 
 
 def test_unknown_layout_is_refused(folder: Path) -> None:
-    with pytest.raises(ValueError, match="no layout 'mistral'"):
-        Checkpoint.open(folder / "flax").view("mistral")
+    with pytest.raises(ValueError, match="no layout 'gguf'"):
+        Checkpoint.open(folder / "flax").view("gguf")
 
 
 def test_experts_of_two_dtypes_are_not_stacked_silently(tmp_path: Path) -> None:

@@ -153,5 +153,5 @@ def test_cast_of_every_sixteen_bit_pattern(source: str, target: str) -> None:
 def test_unknown_words_are_refused(hf: Path) -> None:
     with pytest.raises(ValueError, match="no dtype 'int8'"):
         convert(hf, hf.parent / "flax", dtype="int8")
-    with pytest.raises(ValueError, match="no layout 'mistral'"):
-        convert(hf, hf.parent / "flax", to="mistral")
+    with pytest.raises(ValueError, match="no layout 'gguf'"):
+        convert(hf, hf.parent / "flax", to="gguf")

@@ -123,7 +123,7 @@ def test_interruption_exits_5(hf: Path, monkeypatch: pytest.MonkeyPatch) -> None
 
 @pytest.mark.parametrize(
     "args",
-    [["x"], ["x", "y", "z"], ["x", "y", "--to", "mistral"], ["x", "y", "--dtype", "int8"], ["x", "y", "--really"]],
+    [["x"], ["x", "y", "z"], ["x", "y", "--to", "gguf"], ["x", "y", "--dtype", "int8"], ["x", "y", "--really"]],
 )
 def test_wrong_usage_exits_2(args: list[str]) -> None:
     assert invoke(*args).exit_code == 2
