@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from convert.errors import BadInput, ConfigError, Interrupted
+from convert.errors import BadInput, ConfigError, Interrupted, printable
 
 if TYPE_CHECKING:
     from convert.checkpoint import Checkpoint
@@ -44,7 +44,7 @@ def _exit_codes() -> Iterator[None]:
     try:
         yield
     except (BadInput, ConfigError) as error:
-        click.echo(f"mixtral-convert: {error}", err=True)
+        click.echo(f"mixtral-convert: {printable(str(error))}", err=True)
         sys.exit(BAD_INPUT)
     except KeyboardInterrupt as stop:
         click.echo(f"mixtral-convert: {stop if isinstance(stop, Interrupted) else 'interrupted'}", err=True)

@@ -15,7 +15,20 @@ Imports nothing but flax_mixtral.config.
 
 from flax_mixtral.config import ConfigError
 
-__all__ = ["BadDestination", "BadInput", "ConfigError", "Interrupted", "TensorMismatch", "UnreadableCheckpoint"]
+__all__ = [
+    "BadDestination",
+    "BadInput",
+    "ConfigError",
+    "Interrupted",
+    "TensorMismatch",
+    "UnreadableCheckpoint",
+    "printable",
+]
+
+
+def printable(message: str) -> str:
+    """Escape what a file may have put into a message to trick a terminal or to break the printing of it."""
+    return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in message)
 
 
 class BadInput(Exception):  # noqa: N818  # it names the fault, as its subclasses do
