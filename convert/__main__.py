@@ -96,7 +96,7 @@ def convert(src: Path, dst: Path, as_json: bool, verify: bool, **options: Any) -
 
     \b
     SRC  a directory with config.json or params.json and weights: safetensors, PyTorch's .bin, .pt and .pth,
-         in one file or shards; the layout is recognised
+         in one file or shards, or Orbax; the layout is recognised. Or the id of a Hub repository
     DST  a directory that does not exist; it appears when it is complete
 
     \b
@@ -110,7 +110,9 @@ def convert(src: Path, dst: Path, as_json: bool, verify: bool, **options: Any) -
         raise click.UsageError(f"--container orbax is for --to flax, not {options['to']}")
     with _exit_codes():
         from convert.execute import convert as run  # NumPy is slow to load
+        from convert.hub import resolve
 
+        src = resolve(src)
         with _progress_bar() as progress:
             report = run(src, dst, verify_written=verify, progress=progress, **options)
         click.echo(json.dumps(report.to_json(), indent=2) if as_json else _describe(report))
@@ -124,8 +126,9 @@ def inspect(src: Path, rope_theta: float | None, as_json: bool) -> None:
     """Say what is in the checkpoint SRC, from its headers alone."""
     with _exit_codes():
         from convert.checkpoint import Checkpoint  # NumPy is slow to load
+        from convert.hub import resolve
 
-        facts = _facts(Checkpoint.open(src, rope_theta))
+        facts = _facts(Checkpoint.open(resolve(src), rope_theta))
         if as_json:
             click.echo(json.dumps(facts, indent=2))
             return
