@@ -182,6 +182,8 @@ def _describe(report: "Report") -> str:
     for name, lost in report.losses.items():
         if lost.to_infinity:
             lines.append(f"cast: {name}: {lost.to_infinity:,} of {lost.values:,} values became infinite")
+    for name, count in report.non_finite.items():
+        lines.append(f"note: {name}: {count:,} values are NaN or infinite: kept as they are")
     if loss.changed:
         lines.append(f"cast: {loss.changed:,} values rounded, {loss.to_zero:,} of them to zero")
     files = f"{len(plan.files)} file{'s' * (len(plan.files) > 1)}"

@@ -1,4 +1,4 @@
-"""Casts that were asked for, and what they lose.
+"""Casts that were asked for, what they lose, and values that are no numbers.
 
 Imports the standard library, NumPy and ml_dtypes.
 """
@@ -10,13 +10,17 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["CASTS", "Loss", "cast"]
+__all__ = ["CASTS", "Loss", "cast", "count_non_finite"]
 
 CASTS: dict[str, np.dtype[Any]] = {
     "bfloat16": np.dtype(ml_dtypes.bfloat16),
     "float16": np.dtype(np.float16),
     "float32": np.dtype(np.float32),
 }
+
+
+EXPONENTS: dict[str, int] = {"bfloat16": 0x7F80, "float16": 0x7C00, "float32": 0x7F800000, "float64": 0x7FF << 52}
+"""The bits that are all set in NaN and infinity, and in nothing else."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,3 +63,12 @@ def cast(array: NDArray[Any], dtype: np.dtype[Any]) -> tuple[NDArray[Any], Loss]
         to_infinity=int(np.count_nonzero(changed & np.isinf(rounded))),
         to_zero=int(np.count_nonzero(changed & (rounded == 0))),
     )
+
+
+def count_non_finite(bits: NDArray[Any], dtype: np.dtype[Any]) -> int:
+    """Count NaN and infinite values among the bits of floating-point values; 0 for a dtype that is not followed."""
+    if dtype.name not in EXPONENTS or not bits.size:
+        return 0
+    mask = bits.dtype.type(EXPONENTS[dtype.name])
+    exponents = bits & mask
+    return int(np.count_nonzero(exponents == mask)) if exponents.max() == mask else 0

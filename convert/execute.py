@@ -41,6 +41,8 @@ class Report:
     verified: bool = False
     losses: dict[str, Loss] = field(default_factory=dict)
     """Tensors that a cast changed."""
+    non_finite: dict[str, int] = field(default_factory=dict)
+    """Tensors with values that are NaN or infinite, and how many; they are kept."""
 
     @property
     def loss(self) -> Loss:
@@ -56,6 +58,7 @@ class Report:
             "verified": self.verified,
             "seconds": round(self.seconds, 3),
             "losses": {name: {key: getattr(loss, key) for key in names} for name, loss in self.losses.items()},
+            "non_finite": self.non_finite,
             "plan": self.plan.to_json(),
         }
 
@@ -121,7 +124,8 @@ def convert(
         if verify_written:
             verify(checkpoint, plan, journal.directory)
         losses = {name: written.loss for name, written in journal.written.items() if written.loss.changed}
-    return Report(plan, dst, True, time.monotonic() - started, verify_written, losses)
+        non_finite = {name: written.non_finite for name, written in journal.written.items() if written.non_finite}
+    return Report(plan, dst, True, time.monotonic() - started, verify_written, losses, non_finite)
 
 
 @dataclass(frozen=True, slots=True)

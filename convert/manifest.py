@@ -30,6 +30,8 @@ class Written:
     sha256: str
     """Of the tensor's bytes."""
     loss: Loss
+    non_finite: int = 0
+    """Values that are NaN or infinite."""
 
 
 def fingerprint(plan: Plan, sources: Iterable[Path]) -> str:
@@ -88,7 +90,9 @@ class Journal:
     def add(self, tensor: str, written: Written) -> None:
         """Note a tensor whose bytes have all been written."""
         self.written[tensor] = written
-        self._line({"tensor": tensor, "sha256": written.sha256, "loss": asdict(written.loss)})
+        self._line(
+            {"tensor": tensor, "sha256": written.sha256, "loss": asdict(written.loss), "non_finite": written.non_finite}
+        )
 
     def _line(self, entry: dict[str, Any]) -> None:
         os.write(self._file, (json.dumps(entry) + "\n").encode())
@@ -112,4 +116,4 @@ class Journal:
                 "it is removed and the conversion starts afresh"
             )
         for entry in entries[1:]:
-            self.written[entry["tensor"]] = Written(entry["sha256"], Loss(**entry["loss"]))
+            self.written[entry["tensor"]] = Written(entry["sha256"], Loss(**entry["loss"]), entry["non_finite"])

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from convert.casting import Loss, cast
+from convert.casting import Loss, cast, count_non_finite
 from convert.io.safetensors import Writer
 from convert.manifest import Journal, Written
 from convert.plan import PlannedFile, PlannedTensor
@@ -41,6 +41,12 @@ class Supply(Protocol):
         ...
 
 
+class _Ready(NamedTuple):
+    data: NDArray[np.uint8]
+    loss: Loss
+    non_finite: int
+
+
 class _Block(NamedTuple):
     tensor: PlannedTensor
     array: NDArray[Any]
@@ -62,13 +68,14 @@ class Stream:
     done_bytes: int = 0
     _hash: Any = field(default_factory=hashlib.sha256)
     _loss: Loss = field(default_factory=Loss)
+    _non_finite: int = 0
     _at: int = 0
 
     def write(self, writer: Writer, file: PlannedFile) -> None:
         """Write every tensor of a file, but those that are in their places already."""
         missing = [tensor for tensor in file.tensors if not self._is_there(writer, tensor)]
         with ThreadPoolExecutor(WORKERS) as workers, ThreadPoolExecutor(1) as hasher:
-            pending: deque[tuple[_Block, Future[tuple[NDArray[Any], Loss]]]] = deque()
+            pending: deque[tuple[_Block, Future[_Ready]]] = deque()
             try:
                 for block in self._blocks(missing):
                     pending.append((block, workers.submit(self._transform, block.array)))
@@ -102,25 +109,28 @@ class Stream:
                     piece_left -= array.size
                     yield _Block(tensor, array, None if piece_left else piece, not (piece_left or left))
 
-    def _transform(self, array: NDArray[Any]) -> tuple[NDArray[Any], Loss]:
+    def _transform(self, array: NDArray[Any]) -> _Ready:
         result, loss = (array, Loss()) if self.dtype is None else cast(array, self.dtype)
-        return contiguous(result).reshape(-1).view(np.uint8), loss
+        bits = contiguous(result).reshape(-1)
+        return _Ready(bits.view(np.uint8), loss, count_non_finite(bits, result.dtype))
 
-    def _put(
-        self, writer: Writer, hasher: ThreadPoolExecutor, block: _Block, future: Future[tuple[NDArray[Any], Loss]]
-    ) -> None:
-        data, loss = future.result()
+    def _put(self, writer: Writer, hasher: ThreadPoolExecutor, block: _Block, future: Future[_Ready]) -> None:
+        data, loss, non_finite = future.result()
         hashed = hasher.submit(self._hash.update, data)
         writer.write(block.tensor.name, self._at, data)
         hashed.result()
-        self._at, self._loss = self._at + data.nbytes, self._loss + loss
+        self._at, self._loss, self._non_finite = (
+            self._at + data.nbytes,
+            self._loss + loss,
+            self._non_finite + non_finite,
+        )
         if block.piece is not None:
             self.supply.release(block.tensor.name, block.piece)
         if block.is_last:
             assert self._at == block.tensor.nbytes, f"{block.tensor.name}: {self._at} bytes"
-            self.journal.add(block.tensor.name, Written(self._hash.hexdigest(), self._loss))
+            self.journal.add(block.tensor.name, Written(self._hash.hexdigest(), self._loss, self._non_finite))
             self.supply.release(block.tensor.name)
-            self._hash, self._loss, self._at = hashlib.sha256(), Loss(), 0
+            self._hash, self._loss, self._non_finite, self._at = hashlib.sha256(), Loss(), 0, 0
         self._advance(block.tensor, data.nbytes)
 
     def _advance(self, tensor: PlannedTensor, nbytes: int) -> None:

@@ -155,3 +155,13 @@ def test_unknown_words_are_refused(hf: Path) -> None:
         convert(hf, hf.parent / "flax", dtype="int8")
     with pytest.raises(ValueError, match="no layout 'gguf'"):
         convert(hf, hf.parent / "flax", to="gguf")
+
+
+@pytest.mark.parametrize("dtype", ["keep", "bfloat16", "float16", "float32"])
+def test_values_that_are_no_numbers_are_kept_and_named(dtype: str, hf: Path) -> None:
+    assert convert(hf, hf.parent / "before", dtype=dtype).non_finite == {}
+    edit_tensors(hf, lambda x: x["lm_head.weight"][3, :4].copy_(torch.tensor([torch.nan, torch.inf, -torch.inf, 1.0])))
+    report = convert(hf, hf.parent / "flax", dtype=dtype)
+    assert report.non_finite == {"lm_head.kernel": 3}
+    kept = stored(hf.parent / "flax")["lm_head.kernel"][:4, 3].float()
+    torch.testing.assert_close(kept, torch.tensor([torch.nan, torch.inf, -torch.inf, 1.0]), equal_nan=True)

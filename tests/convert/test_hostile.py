@@ -18,7 +18,7 @@ from tests.convert.edit import split, stored
 from tests.convert.mutations import damage, damage_json, damage_zip
 
 SECONDS = 1.0
-"""For each; most take some milliseconds."""
+"""Of this process, as the machine may be busy with others; most cases take some milliseconds."""
 
 TARGETS = (
     "model-00001-of-00002.safetensors",
@@ -108,9 +108,9 @@ def test_damage_is_refused_or_harmless(
         for name, data in files.items():
             (folder / name).write_bytes(data)
         opened.clear()
-        started = time.perf_counter()
+        started = time.process_time()
         message = refusal(folder, f"case {case}, {target}")
-        assert time.perf_counter() - started < SECONDS, (case, target)
+        assert time.process_time() - started < SECONDS, (case, target)
         assert {Path(path).parent for path in opened} <= {folder}, (case, target, opened)
         assert len(printable(message).encode()) < 10_000, (case, target)
         refused += bool(message)
@@ -127,7 +127,7 @@ def test_the_watch_sees_what_is_opened(opened: set[str], tmp_path: Path) -> None
 def test_huge_headers_are_refused_within_a_second(header: bytes, tmp_path: Path) -> None:
     write_checkpoint(tmp_path / "hf")
     (tmp_path / "hf" / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
-    started = time.perf_counter()
+    started = time.process_time()
     with pytest.raises(BadInput):
         Checkpoint.open(tmp_path / "hf")
-    assert time.perf_counter() - started < SECONDS
+    assert time.process_time() - started < SECONDS
