@@ -25,8 +25,11 @@ MAX_SHARD_BYTES = 5_000_000_000
 
 CONTAINERS = ("safetensors", "orbax")
 
-HELD_BLOCKS = 32
-"""Those under way and their copies, with room for what a memory allocator keeps."""
+WORKERS = 3
+"""Threads that move tensors: one a core of a small machine, and one that waits for the disk."""
+
+HELD_BLOCKS = 8 * WORKERS
+"""A block, its copies, and room for what a memory allocator keeps."""
 
 SIDE_FILES = (
     "tokenizer*", "generation_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt",
@@ -94,8 +97,8 @@ class Plan:
 
     @property
     def peak_bytes(self) -> int:
-        """Bound the memory that moving takes: what two pieces show of their files, and the blocks under way."""
-        return 2 * max(tensor.piece_bytes for tensor in self.tensors) + HELD_BLOCKS * BLOCK_BYTES
+        """Bound the memory that moving takes: what each thread's piece shows of its file, and its blocks."""
+        return WORKERS * max(tensor.piece_bytes for tensor in self.tensors) + HELD_BLOCKS * BLOCK_BYTES
 
     def to_json(self) -> dict[str, Any]:
         """Give the plan as JSON holds it."""

@@ -1,15 +1,14 @@
-"""Move a file's tensors: worker threads bring blocks into order while one thread hashes and one writes.
+"""Move a file's tensors: each thread takes a tensor, and block by block brings it into order, hashes it and writes it.
 
 Imports the standard library, NumPy, and convert's plan and writer.
 """
 
 import hashlib
-import math
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,16 +16,13 @@ from numpy.typing import NDArray
 from convert.casting import Loss, cast, count_non_finite
 from convert.io.safetensors import Writer
 from convert.manifest import Journal, Written
-from convert.plan import PlannedFile, PlannedTensor
+from convert.plan import WORKERS, PlannedFile, PlannedTensor
 from convert.transpose import blocks, contiguous
 
 __all__ = ["Progress", "Stream", "Supply"]
 
 Progress = Callable[[str, int, int], None]
-"""Called after each block with the tensor's name, the bytes written so far and the bytes in all."""
-
-WORKERS, IN_FLIGHT = 2, 8
-"""Threads that transform, and blocks that are held at a time."""
+"""Called after each block, from any thread but one at a time: the tensor's name, bytes written so far, bytes in all."""
 
 
 class Supply(Protocol):
@@ -41,23 +37,13 @@ class Supply(Protocol):
         ...
 
 
-class _Ready(NamedTuple):
-    data: NDArray[np.uint8]
-    loss: Loss
-    non_finite: int
-
-
-class _Block(NamedTuple):
-    tensor: PlannedTensor
-    array: NDArray[Any]
-    piece: NDArray[Any] | None
-    """Set on the last block of a piece."""
-    is_last: bool
+class _Stopped(Exception):  # no error: another thread has one
+    """The other threads have nothing to finish."""
 
 
 @dataclass
 class Stream:
-    """Writes tensors from a supply, in order, and tells the journal of each."""
+    """Writes tensors from a supply, and tells the journal of each."""
 
     supply: Supply
     dtype: np.dtype[Any] | None
@@ -66,26 +52,48 @@ class Stream:
     total_bytes: int
     progress: Progress | None = None
     done_bytes: int = 0
-    _hash: Any = field(default_factory=hashlib.sha256)
-    _loss: Loss = field(default_factory=Loss)
-    _non_finite: int = 0
-    _at: int = 0
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+    _stop: threading.Event = field(default_factory=threading.Event)
 
     def write(self, writer: Writer, file: PlannedFile) -> None:
         """Write every tensor of a file, but those that are in their places already."""
-        missing = [tensor for tensor in file.tensors if not self._is_there(writer, tensor)]
-        with ThreadPoolExecutor(WORKERS) as workers, ThreadPoolExecutor(1) as hasher:
-            pending: deque[tuple[_Block, Future[_Ready]]] = deque()
+        with ThreadPoolExecutor(WORKERS) as workers:
             try:
-                for block in self._blocks(missing):
-                    pending.append((block, workers.submit(self._transform, block.array)))
-                    if len(pending) == IN_FLIGHT:
-                        self._put(writer, hasher, *pending.popleft())
-                while pending:
-                    self._put(writer, hasher, *pending.popleft())
-            except BaseException:
+                moves = [workers.submit(self._move, writer, tensor) for tensor in file.tensors]
+                wait(moves, return_when=FIRST_EXCEPTION)
+            finally:
+                self._stop.set()  # an interrupt arrives here, too
                 workers.shutdown(cancel_futures=True)
-                raise
+        self._stop.clear()
+        failed = [error for move in moves if not move.cancelled() and (error := move.exception())]
+        for error in failed:
+            if not isinstance(error, _Stopped):
+                raise error
+
+    def _move(self, writer: Writer, tensor: PlannedTensor) -> None:
+        if self._is_there(writer, tensor):
+            self._advance(tensor, tensor.nbytes)
+            return
+        digest, loss, non_finite, at, last_bytes = hashlib.sha256(), Loss(), 0, 0, 0
+        for piece in self.supply.pieces(tensor.name):
+            for block in blocks(piece):
+                if self._stop.is_set():
+                    raise _Stopped
+                values, lost = (block, Loss()) if self.dtype is None else cast(block, self.dtype)
+                bits = contiguous(values).reshape(-1)
+                data = bits.view(np.uint8)
+                digest.update(data.data)
+                writer.write(tensor.name, at, data)
+                non_finite += count_non_finite(bits, values.dtype)
+                loss, at, last_bytes = loss + lost, at + data.nbytes, data.nbytes
+                if at < tensor.nbytes:  # the last block counts when the journal knows of the tensor
+                    self._advance(tensor, data.nbytes)
+            self.supply.release(tensor.name, piece)
+        self.supply.release(tensor.name)
+        assert at == tensor.nbytes, f"{tensor.name}: {at} bytes for {tensor.nbytes}"
+        with self._lock:
+            self.journal.add(tensor.name, Written(digest.hexdigest(), loss, non_finite))
+        self._advance(tensor, last_bytes)
 
     def _is_there(self, writer: Writer, tensor: PlannedTensor) -> bool:
         claimed = self.journal.written.get(tensor.name)
@@ -94,46 +102,10 @@ class Stream:
         found = hashlib.sha256()
         for chunk in writer.read(tensor.name):
             found.update(chunk)
-        if found.hexdigest() != claimed.sha256:
-            return False
-        self._advance(tensor, tensor.nbytes)
-        return True
-
-    def _blocks(self, tensors: Iterable[PlannedTensor]) -> Iterator[_Block]:
-        for tensor in tensors:
-            left = math.prod(tensor.shape)
-            for piece in self.supply.pieces(tensor.name):
-                piece_left = piece.size
-                left -= piece.size
-                for array in blocks(piece):
-                    piece_left -= array.size
-                    yield _Block(tensor, array, None if piece_left else piece, not (piece_left or left))
-
-    def _transform(self, array: NDArray[Any]) -> _Ready:
-        result, loss = (array, Loss()) if self.dtype is None else cast(array, self.dtype)
-        bits = contiguous(result).reshape(-1)
-        return _Ready(bits.view(np.uint8), loss, count_non_finite(bits, result.dtype))
-
-    def _put(self, writer: Writer, hasher: ThreadPoolExecutor, block: _Block, future: Future[_Ready]) -> None:
-        data, loss, non_finite = future.result()
-        hashed = hasher.submit(self._hash.update, data)
-        writer.write(block.tensor.name, self._at, data)
-        hashed.result()
-        self._at, self._loss, self._non_finite = (
-            self._at + data.nbytes,
-            self._loss + loss,
-            self._non_finite + non_finite,
-        )
-        if block.piece is not None:
-            self.supply.release(block.tensor.name, block.piece)
-        if block.is_last:
-            assert self._at == block.tensor.nbytes, f"{block.tensor.name}: {self._at} bytes"
-            self.journal.add(block.tensor.name, Written(self._hash.hexdigest(), self._loss, self._non_finite))
-            self.supply.release(block.tensor.name)
-            self._hash, self._loss, self._non_finite, self._at = hashlib.sha256(), Loss(), 0, 0
-        self._advance(block.tensor, data.nbytes)
+        return found.hexdigest() == claimed.sha256
 
     def _advance(self, tensor: PlannedTensor, nbytes: int) -> None:
-        self.done_bytes += nbytes
-        if self.progress is not None:
-            self.progress(tensor.name, self.done_bytes, self.total_bytes)
+        with self._lock:
+            self.done_bytes += nbytes
+            if self.progress is not None:
+                self.progress(tensor.name, self.done_bytes, self.total_bytes)
