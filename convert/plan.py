@@ -25,8 +25,8 @@ MAX_SHARD_BYTES = 5_000_000_000
 
 CONTAINERS = ("safetensors", "orbax")
 
-WORKERS = 3
-"""Threads that move tensors: one a core of a small machine, and one that waits for the disk."""
+WORKERS = 2
+"""Threads that move tensors. Writing to one file goes one at a time, and a third thread only waited for it."""
 
 HELD_BLOCKS = 8 * WORKERS
 """A block, its copies, and room for what a memory allocator keeps."""
