@@ -282,7 +282,7 @@ def _recording_attention(attention: str, seen: dict[str, Tensor]) -> Iterator[No
     """Register an attention that keeps what goes in and out and leaves the arithmetic to transformers' own."""
     delegate = ALL_ATTENTION_FUNCTIONS.get_interface(attention, mixtral.eager_attention_forward)
 
-    def record(module: nn.Module, query: Tensor, key: Tensor, *args: Any, **kwargs: Any) -> Any:
+    def record(module: Any, query: Tensor, key: Tensor, *args: Any, **kwargs: Any) -> Any:
         context, weights = delegate(module, query, key, *args, **kwargs)
         seen.update(q_rot=query.transpose(1, 2), k_rot=key.transpose(1, 2), attn_context=context)
         # Only where every rounding is written out can operations be compared one by one: in eager attention (whose

@@ -8,7 +8,7 @@ import numpy as np
 import transformers
 
 from flax_mixtral import MODELS, Mixtral, MixtralConfig, MixtralOutput
-from flax_mixtral.arrays import fill
+from flax_mixtral.arrays import Mould
 from flax_mixtral.heads import Model
 from flax_mixtral.tree import slots
 from tests.checkpoints import write_checkpoint
@@ -44,4 +44,4 @@ def drawn(config: MixtralConfig, seed: int = 0) -> Mixtral:
     """Build a model with NumPy's random numbers: compiling JAX's, one program per shape, takes many seconds."""
     rng = np.random.default_rng(seed)
     arrays = {slot.path: rng.normal(0, 0.3, slot.shape).astype(np.float32) for slot in slots(config)}
-    return fill(lambda rngs: Mixtral(config, rngs=rngs), arrays)
+    return Mould(lambda rngs: Mixtral(config, rngs=rngs)).fill(arrays)
