@@ -55,7 +55,8 @@ def compare_gradients(
 
     Torch routes freely and the oracle as torch did. Flax routes freely as well; where that differs for a real token,
     gradients are of another function, so it is run once more with torch's experts and every finding says `forced`.
-    A failure is held against what one rounding of the weights does to the exact gradients before it counts.
+    A failure is held against what one rounding of the weights does to the exact gradients before it counts. In bfloat16
+    gradients inform: a few correct variants in a hundred exceed any limit that would find a fault.
 
     Args:
         config: the model's.
@@ -65,7 +66,7 @@ def compare_gradients(
         batch: what they are run on.
         dtype: what torch and Flax compute in.
     """
-    place = Place(None, "backward", batch.name, dtype)
+    place = Place(None, "backward", batch.name, dtype, decides=dtype == "float32")
     labels_BT = training_labels(batch)
     if config.architecture != "MixtralForCausalLM":
         yield place.finding("training_loss", "unchecked", f"{config.architecture} has no training loss to compare")

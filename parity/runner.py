@@ -102,7 +102,7 @@ def run(
         steps.advance("whole models")
         if walk_dtype == dtype and source.config.architecture != "MixtralModel":
             findings += _whole(src, source.config, sides["flax"].side, walk)
-        for batch in batches if grad and walk_dtype == dtype else ():
+        for batch in batches if grad else ():
             findings += compare_gradients(
                 source.config, sides["torch"], sides["flax"], sides["oracle"], batch, walk_dtype
             )

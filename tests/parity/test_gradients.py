@@ -4,7 +4,7 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 from unittest import mock
 
 import jax
@@ -24,7 +24,10 @@ from parity.backward import compare_gradients
 from parity.gradients import Gradients, Losses, training_labels
 from parity.metrics import UNIT_ROUNDOFF
 from parity.oracle import Oracle
+from parity.port import Port
 from parity.result import Divergence, Result
+from parity.runner import run
+from parity.sides import Side
 from parity.sides.flax import FlaxSide
 from parity.sides.timed import Timed
 from parity.sides.torch_hf import TorchSide
@@ -172,6 +175,18 @@ def test_a_wrong_coefficient_of_the_auxiliary_loss_is_placed(checkpoint: Path) -
     assert any("router" in finding.point for finding in failures(result))
 
 
+@pytest.mark.slow
+def test_a_fault_of_the_backward_pass_alone_fails_a_run(checkpoint: Path) -> None:
+    def stopped(port: Port) -> Port:
+        return replace(port, side=lambda *port: PlantedSide(FlaxSide(*port), 1, StoppedWeights))
+
+    result = run(checkpoint, inputs=[BATCHES["left-counted"]], change=stopped, grad=True)
+
+    assert result.exit_code == 1
+    assert result.first_divergence == Divergence(1, "grad.model.layers.1.moe.router.kernel")
+    assert {finding.mode for finding in failures(result)} == {"backward"}
+
+
 # --- planted in the arrays ------------------------------------------------------------------------------------------
 
 EXPERTS = 12
@@ -281,6 +296,16 @@ def test_what_one_rounding_of_the_weights_does_is_no_fault(checkpoint: Path) -> 
 
     assert compared(config, lucky, flax, Fake(exact), batch).verdict == "fail"
     assert compared(config, lucky, flax, oracle, batch).verdict == "pass"
+
+
+def test_in_bfloat16_gradients_inform(few: Any) -> None:
+    config, torch, leaves, exact, batch = few
+    wrong = Fake(_leaf(GATE, lambda array: -array)(leaves))
+    torch_side, flax_side, oracle = (Timed(cast(Side, side)) for side in (Fake(torch), wrong, Fake(exact)))
+    findings = list(compare_gradients(config, torch_side, flax_side, oracle, batch, "bfloat16"))
+
+    assert any(finding.verdict == "fail" for finding in findings)
+    assert not any(finding.decides for finding in findings)
 
 
 def test_a_side_without_gradients_is_unchecked(few: Any) -> None:
