@@ -60,12 +60,13 @@ def test_every_row_moves_one_expert_as_a_view(pattern: str) -> None:
     stacked = "E D" in pattern.partition("->")[2] or "E F" in pattern.partition("->")[2]
     fixed = {"E": 3} if stacked and not pattern.endswith("D E") else {}
     block = parsed.apply(x, SIZES, fixed)
-    assert np.shares_memory(block, x)
+    merged = "(2 P)" in pattern  # adjacent rotary lanes are moved apart, which no view can do
+    assert np.shares_memory(block, x) != merged
     back = parsed.invert()
     for axis in fixed:
         back = back.without(axis)
     region = back.apply(block, SIZES)
-    assert np.shares_memory(region, x)
+    assert np.shares_memory(region, x) != merged
     assert region.flags.c_contiguous
     start = int(region.reshape(-1)[0])
     assert region.reshape(-1).tolist() == list(range(start, start + region.size))
