@@ -125,7 +125,7 @@ class Walk:
             routing = torch["router_ids"] if forced else None
             self.suspect = Suspect(layer, batch, stream.torch_BTD, torch, local.traces[1], self.dtype, routing)
         if self.dtype == "bfloat16" and "attn_probs" in torch.arrays:
-            yield from self._operations(layer, stream, torch)
+            yield from self._operations(layer, stream, local)
         own = self._beside(torch, layer, "propagated", batch, stream.flax_BTD, stream.oracle_BTD)
         yield from self._judge_block(layer, "propagated", batch, own)
         stream.torch_BTD, stream.flax_BTD, stream.oracle_BTD = (trace["resid_out"] for trace in own.traces)
@@ -135,8 +135,9 @@ class Walk:
             if "router_logits" in trace.arrays:
                 stream.router_logits[side].append(trace["router_logits"])
 
-    def _operations(self, layer: int, stream: Stream, torch: Trace) -> Iterator[Finding]:
+    def _operations(self, layer: int, stream: Stream, local: Compared) -> Iterator[Finding]:
         """Run every operation alone on torch's recorded input; what a side cannot run so is unchecked."""
+        torch = local.traces[0]
         found, exact = (
             side.operations(layer, stream.torch_BTD, torch, stream.batch) if isinstance(side, Operations) else Trace()
             for side in (self.sides.flax, self.sides.oracle)
@@ -150,8 +151,13 @@ class Walk:
         yield from findings
         if self.suspect is None and _blamed(findings):
             first = next(finding.point for finding in findings if finding.verdict == "fail")
+            flax: Trace = found
+            inputs: Trace | None = torch
+            if BY_NAME.get(first, BY_NAME["embed"]).place == "operation":  # inside attention: replayed as a whole
+                flax, inputs, first = local.traces[1], None, "attn_context"
+            routing = torch["router_ids"]
             self.suspect = Suspect(
-                layer, stream.batch, stream.torch_BTD, torch, found, self.dtype, torch["router_ids"], torch, first
+                layer, stream.batch, stream.torch_BTD, torch, flax, self.dtype, routing, inputs, first
             )
 
     def _judge_operation(
@@ -211,7 +217,12 @@ class Walk:
                 yield place.finding(name, "fail", "the sides recorded this expert on different tokens")
             else:
                 arrays = (trace.arrays.get(name) for trace in traces)
-                yield judge(name, point, place, *arrays, rows=_real_rows(point, batch))
+                finding = judge(name, point, place, *arrays, rows=_real_rows(point, batch))
+                if routing is None and self.dtype == "bfloat16" and finding.verdict == "fail":
+                    # A benign flip would do the same, and whether there was one is not known.
+                    reason = f"{finding.reason}; a side does not say how it routed"
+                    finding = replace(finding, verdict="unchecked", reason=reason)
+                yield finding
 
     def _judge_weights(
         self, point: Point, place: Place, traces: tuple[Trace, Trace, Trace], batch: Batch, forced: bool

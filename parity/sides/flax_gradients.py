@@ -47,7 +47,9 @@ class _Probed(nnx.Module):
         self.routing_MA = nnx.data(routing_MA)
         self.ids_MA: Any = nnx.data(None)
 
-    def __call__(self, x_BTD: jax.Array, context: Context, key: jax.Array | None = None) -> BlockTrace:
+    def __call__(
+        self, x_BTD: jax.Array, context: Context, key: jax.Array | None = None, past: None = None
+    ) -> BlockTrace:
         trace: BlockTrace = _run_block(self.block, x_BTD + self.zero_BTD, context, self.routing_MA, key)
         self.ids_MA = nnx.data(trace.router_ids)
         return trace

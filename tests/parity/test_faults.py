@@ -38,7 +38,7 @@ SIX = (
 BY_SLUG = {fault.slug: fault for fault in FAULTS}
 QUICK = {
     "float32": ("residual-from-normed", "causal-mask-missing", "capacity-drop", "points-missing", "lm-head-wrong"),
-    "bfloat16": ("norm-cast-order", "softmax-low-precision", "combine-low-precision"),
+    "bfloat16": ("norm-cast-order", "norm-not-upcast", "combine-low-precision"),
 }
 
 
