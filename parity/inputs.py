@@ -12,7 +12,7 @@ from convert import BadInput
 from flax_mixtral.config import MixtralConfig
 from parity.trace import Array, Batch
 
-__all__ = ["SUITES", "Suite", "padded", "read_ids", "suite", "tokenized", "unexercised"]
+__all__ = ["SUITES", "Suite", "padded", "read_ids", "suite", "texts", "tokenized", "unexercised"]
 
 Suite = Literal["quick", "standard", "long"]
 SUITES: tuple[Suite, ...] = get_args(Suite)
@@ -89,6 +89,18 @@ def tokenized(checkpoint: Path, text: str) -> list[Batch]:
         )
     ids = Tokenizer.from_file(str(path)).encode(text).ids
     return [Batch("text", np.asarray([ids], np.int64))]
+
+
+def texts(checkpoint: Path, batches: Sequence[Batch]) -> dict[str, list[str]]:
+    """Give the text of each of a batch's M tokens, by its name; nothing where the checkpoint has no tokenizer.json."""
+    path = checkpoint / "tokenizer.json"
+    if not path.is_file():
+        return {}
+    tokenizer = Tokenizer.from_file(str(path))
+    return {
+        batch.name: [tokenizer.decode([token], skip_special_tokens=False) for token in batch.input_ids.reshape(-1)]
+        for batch in batches
+    }
 
 
 def padded(name: str, rows: Sequence[Array], config: MixtralConfig, *, side: Literal["left", "right"]) -> Batch:

@@ -2,10 +2,11 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from parity.cause import Cause
+from parity.drift import Drift
 from parity.gradient_points import backward_depth
 from parity.metrics import Precision
 from parity.points import POINTS
@@ -47,6 +48,9 @@ class Result:
         provenance: checkpoints and their hashes, inputs, seed.
         cost: by side.
         causes: what is behind the failures, the surest first.
+        drift: of a language model's expectations, layer by layer.
+        texts: the text of every token of a batch, where the checkpoint has a tokenizer.
+        error: what stopped the run before it had a verdict.
     """
 
     findings: Sequence[Finding]
@@ -59,10 +63,15 @@ class Result:
     provenance: Mapping[str, Any]
     cost: Mapping[str, Cost]
     causes: Sequence[Cause] = ()
+    drift: Sequence[Drift] = ()
+    texts: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    error: str | None = None
 
     @property
     def verdict(self) -> Verdict:
         """Sum up findings and differences."""
+        if self.error is not None:
+            return "unchecked"
         return "fail" if self.differences else overall(self.findings)
 
     @property
@@ -99,11 +108,13 @@ class Result:
             "schema_version": SCHEMA_VERSION,
             "verdict": self.verdict,
             "first_divergence": None if first is None else asdict(first),
+            "error": self.error,
             "causes": [asdict(cause) for cause in self.causes],
             "dtype": self.dtype,
             "margin_limit": MARGIN_LIMIT[self.dtype],
             "points": [_jsonable(asdict(finding)) for finding in self.findings],
-            "router": [_routing_json(key, routing) for key, routing in self.routing.items()],
+            "router": [self._routing_json(key, routing) for key, routing in self.routing.items()],
+            "drift": [self._drift_json(drift) for drift in self.drift],
             "weights": {
                 "compared": self.weights_compared,
                 "differences": [asdict(difference) for difference in self.differences],
@@ -113,6 +124,33 @@ class Result:
             "provenance": dict(self.provenance),
             "cost": {side: asdict(cost) for side, cost in self.cost.items()},
         }
+
+    def text(self, batch: str, token: int) -> str | None:
+        """Give the text of one token of a batch, where it is known."""
+        return self.texts[batch][token] if batch in self.texts else None
+
+    def _routing_json(self, key: tuple[int, Mode, str, Precision], routing: LayerRouting) -> dict[str, Any]:
+        layer, mode, batch, dtype = key
+        return {
+            "layer": layer,
+            "mode": mode,
+            "batch": batch,
+            "dtype": dtype,
+            "tokens": routing.tokens,
+            "agreement": _jsonable(routing.agreement),
+            "flips": [
+                _jsonable({**asdict(flip), "excused": flip.excused, "text": self.text(batch, flip.token)})
+                for flip in routing.flips
+            ],
+            "excused": sum(flip.excused for flip in routing.flips),
+            "min_margin": _jsonable(routing.min_margin),
+            "median_margin": _jsonable(routing.median_margin),
+            "load": list(routing.load),
+        }
+
+    def _drift_json(self, drift: Drift) -> dict[str, Any]:
+        worst = [{**asdict(token), "text": self.text(drift.batch, token.token)} for token in drift.worst]
+        return {**asdict(drift), "worst": worst}
 
 
 _ORDER = {point.name.split(".")[-1]: number for number, point in enumerate(POINTS)}
@@ -131,22 +169,6 @@ def _depth(finding: Finding) -> tuple[float, int]:
 def _layer_of(name: str) -> int | None:
     parts = name.split(".")
     return int(parts[parts.index("layers") + 1]) if "layers" in parts else None
-
-
-def _routing_json(key: tuple[int, Mode, str, Precision], routing: LayerRouting) -> dict[str, Any]:
-    layer, mode, batch, dtype = key
-    return {
-        "layer": layer,
-        "mode": mode,
-        "batch": batch,
-        "dtype": dtype,
-        "tokens": routing.tokens,
-        "agreement": _jsonable(routing.agreement),
-        "flips": [_jsonable({**asdict(flip), "excused": flip.excused}) for flip in routing.flips],
-        "excused": sum(flip.excused for flip in routing.flips),
-        "min_margin": _jsonable(routing.min_margin),
-        "load": list(routing.load),
-    }
 
 
 def _jsonable(value: Any) -> Any:

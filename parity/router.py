@@ -47,12 +47,14 @@ class LayerRouting:
         tokens: how many real tokens were compared.
         flips: those that the sides route differently.
         min_margin: the oracle's smallest margin between rank A and A + 1.
+        median_margin: the same margin of the median token.
         load: real tokens of each expert on the torch side.
     """
 
     tokens: int
     flips: tuple[Flip, ...]
     min_margin: float
+    median_margin: float
     load: tuple[int, ...]
 
     @property
@@ -91,8 +93,8 @@ def compare_routing(torch: Trace, flax: Trace, oracle: Trace, batch: Batch) -> L
         for m in np.flatnonzero(differs_M)
     )
     load = np.bincount(torch_MA[real].reshape(-1), minlength=exact_ME.shape[1])
-    min_margin = float(margin_M[real].min()) if real.any() else float("nan")
-    return LayerRouting(int(real.sum()), flips, min_margin, tuple(map(int, load)))
+    least, median = (float(pick(margin_M[real])) if real.any() else float("nan") for pick in (np.min, np.median))
+    return LayerRouting(int(real.sum()), flips, least, median, tuple(map(int, load)))
 
 
 def dense_weights(ids_MA: Array, weights_MA: Array | None, experts: int) -> Array | None:

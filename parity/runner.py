@@ -9,7 +9,8 @@ from convert import BadInput, Checkpoint
 from flax_mixtral.config import MixtralConfig
 from parity.backward import compare_gradients
 from parity.causes import Suspect, name_causes
-from parity.inputs import Suite, suite, unexercised
+from parity.drift import Drift
+from parity.inputs import Suite, suite, texts, unexercised
 from parity.metrics import Precision
 from parity.oracle import Oracle
 from parity.points import head_points
@@ -90,6 +91,7 @@ def run(
         hashes, unequal = compare_weights(source.view("flax"), port.weights, steps.advance)
         differences += unequal
     findings: list[Finding] = []
+    drift: list[Drift] = []
     routing: dict[RoutingKey, LayerRouting] = {}
     cost: dict[str, Cost] = {}
     suspect: Suspect | None = None
@@ -98,6 +100,7 @@ def run(
         walk = Walk(source.config, Sides(**sides), batches, dtype=walk_dtype, advance=steps.advance)
         findings += walk.run()
         routing |= walk.routing
+        drift += walk.drift
         suspect = suspect or walk.suspect
         steps.advance("whole models")
         if walk_dtype == dtype and source.config.architecture != "MixtralModel":
@@ -116,6 +119,8 @@ def run(
         causes=causes,
         findings=findings,
         routing=routing,
+        drift=drift,
+        texts=texts(Path(src), batches),
         differences=differences,
         weights_compared=len(hashes),
         notes=unexercised(batches, source.config),

@@ -7,6 +7,7 @@ import numpy as np
 
 from flax_mixtral.config import MixtralConfig
 from parity.causes import Suspect
+from parity.drift import Drift, compare_logits
 from parity.metrics import Precision
 from parity.points import POINTS, Point, block_points, head_points, operation_points
 from parity.router import LayerRouting, compare_routing, dense_weights
@@ -92,6 +93,7 @@ class Walk:
         self.dtype = dtype
         self.advance = advance
         self.routing: dict[RoutingKey, LayerRouting] = {}
+        self.drift: list[Drift] = []
         self.streams: list[Stream] = []
         self.suspect: Suspect | None = None
 
@@ -128,6 +130,7 @@ class Walk:
             yield from self._operations(layer, stream, local)
         own = self._beside(torch, layer, "propagated", batch, stream.flax_BTD, stream.oracle_BTD)
         yield from self._judge_block(layer, "propagated", batch, own)
+        self._note_drift(layer, batch, *(trace.arrays.get("lens") for trace in own.traces[:2]))
         stream.torch_BTD, stream.flax_BTD, stream.oracle_BTD = (trace["resid_out"] for trace in own.traces)
         if own.routing is not None:
             stream.flipped_M[[flip.token for flip in own.routing.flips]] = True
@@ -248,6 +251,8 @@ class Walk:
             flax = self.sides.flax.head(flax_BTD, stream.batch)
             oracle = self.sides.oracle.head(oracle_BTD, stream.batch)
             stream.oracle_logits = oracle.arrays.get("logits")  # of the propagated stream, which comes last
+            if mode == "propagated":
+                self._note_drift(None, stream.batch, stream.torch_logits, flax.arrays.get("logits"))
             if self.config.architecture == "MixtralForCausalLM":
                 self._add_losses(stream, mode, torch, flax, oracle)
             findings = []
@@ -258,6 +263,12 @@ class Walk:
             if self.suspect is None and mode == "local" and _blamed(findings):
                 self.suspect = Suspect(None, stream.batch, stream.torch_BTD, torch, flax, self.dtype)
             yield from findings
+
+    def _note_drift(self, layer: int | None, batch: Batch, torch: Array | None, flax: Array | None) -> None:
+        """Keep how far a language model's expectations have moved."""
+        if self.config.architecture == "MixtralForCausalLM" and torch is not None and flax is not None:
+            drift = compare_logits(torch, flax, batch, layer, self.dtype)
+            self.drift += [] if drift is None else [drift]
 
     def _add_losses(self, stream: Stream, mode: Mode, torch: Trace, flax: Trace, oracle: Trace) -> None:
         """Add the losses where the side has recorded every layer's router; else they are missing, and so unchecked."""
