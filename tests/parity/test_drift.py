@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from scipy.special import log_softmax, rel_entr, softmax
+from scipy.special import log_softmax, rel_entr, softmax  # type: ignore[import-untyped]  # SciPy ships no types
 
 from parity.drift import compare_logits
 from parity.trace import Batch
