@@ -1,9 +1,10 @@
 """How a fault gets into a port: through its weights, its configuration, a function, its input or its recording."""
 
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from itertools import count
 from types import ModuleType
 from typing import Any, Literal
 from unittest import mock
@@ -11,6 +12,7 @@ from unittest import mock
 import jax
 
 from flax_mixtral.config import MixtralConfig
+from parity.decoding import Decoded
 from parity.metrics import Precision
 from parity.port import Port
 from parity.sides.flax import FlaxSide, run_block
@@ -21,6 +23,8 @@ __all__ = ["Fault", "Functions", "Weights", "planted", "replaced"]
 
 Weights = Mapping[str, Array]
 Functions = tuple[tuple[Callable[..., Any], Callable[..., Any]], ...]
+
+NUMBERS = count(1)
 
 
 def _same_leaf(config: MixtralConfig, weights: Weights, leaf: str) -> Array:
@@ -34,7 +38,7 @@ class Fault:
     Args:
         slug: its name.
         shows: the points that may show it first; "expert.gate" stands for that of any expert.
-        place: whether it is planted into one layer, into the head, or into the model as a whole.
+        place: whether it is planted into one layer, into the head, into the model as a whole, or into its cache.
         dtypes: where it exists.
         weights: gives a leaf as the fault has it, from the configuration, all leaves and the leaf's path.
         config: changes the configuration.
@@ -48,7 +52,7 @@ class Fault:
 
     slug: str
     shows: tuple[str, ...]
-    place: Literal["layer", "head", "model"] = "layer"
+    place: Literal["layer", "head", "model", "cache"] = "layer"
     dtypes: tuple[Precision, ...] = ("float32", "bfloat16")
     weights: Callable[[MixtralConfig, Weights, str], Array] = _same_leaf
     config: Callable[[MixtralConfig], MixtralConfig] = lambda config: config
@@ -131,7 +135,9 @@ class _PlantedSide(FlaxSide):
     def __init__(self, fault: Fault, layer: int, config: MixtralConfig, weights: Weights):
         super().__init__(config, weights)
         self._fault, self._layer, self._functions = fault, layer, fault.functions(config)
-        self._faulty = _FaultySide(fault, config, weights)
+        # Compiled steps of `generate` are found by the model's configuration: each faulty model has one of its own.
+        unlike = replace(config, initializer_range=float(next(NUMBERS))) if fault.place == "cache" else config
+        self._faulty = _FaultySide(fault, unlike, weights)
 
     def embed(self, batch: Batch) -> Array:
         """See `Side.embed`."""
@@ -161,3 +167,17 @@ class _PlantedSide(FlaxSide):
             return super().head(x_BTD, batch)
         with replaced(self._functions):
             return super().head(x_BTD, batch)
+
+    def generate(self, batch: Batch, new: int) -> Array:
+        """See `Generates.generate`."""
+        if self._fault.place != "cache":
+            return super().generate(batch, new)
+        with replaced(self._functions):
+            return self._faulty.generate(batch, new)
+
+    def decode(self, batch: Batch, ids_BX: Array, routing: Sequence[Array] | None = None) -> Decoded:
+        """See `Generates.decode`."""
+        if self._fault.place != "cache":
+            return super().decode(batch, ids_BX, routing)
+        with replaced(self._functions):
+            return self._faulty.decode(batch, ids_BX, routing)

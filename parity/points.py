@@ -11,7 +11,7 @@ from flax_mixtral.config import Architecture, MixtralConfig
 
 __all__ = ["POINTS", "Point", "block_points", "head_points", "operation_points"]
 
-Place = Literal["embed", "block", "expert", "operation", "head", "whole"]
+Place = Literal["embed", "block", "expert", "operation", "head", "whole", "cache"]
 Kind = Literal["arithmetic", "exact", "ids"]
 
 
@@ -59,6 +59,9 @@ POINTS = (
     Point("logits", "head", "logits", "the head's output"),
     Point("loss", "whole", "", "cross entropy of the next token, mean over real tokens"),
     Point("aux_loss", "whole", "", "load-balancing loss over all layers"),
+    Point("prefill_logits", "cache", "B T V", "logits after a prompt that fills the cache"),
+    Point("decode_logits", "cache", "B T V", "logits of tokens fed one by one through the cache"),
+    Point("tokens", "cache", "B T", "greedy continuation", "ids"),
 )
 
 LOGIT_AXES: dict[Architecture, str | None] = {

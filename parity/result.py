@@ -21,7 +21,7 @@ SCHEMA_VERSION = 1
 
 EXIT_CODES: dict[Verdict, int] = {"pass": 0, "fail": 1, "unchecked": 4}
 
-BLAME_ORDER: tuple[Mode, ...] = ("reference", "local", "operation", "propagated", "whole", "backward")
+BLAME_ORDER: tuple[Mode, ...] = ("reference", "local", "operation", "propagated", "whole", "cache", "backward")
 """Which mode's failures place a fault best: a local one blames its block, a propagated one may be inherited."""
 
 

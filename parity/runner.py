@@ -8,6 +8,7 @@ import numpy as np
 from convert import BadInput, Checkpoint
 from flax_mixtral.config import MixtralConfig
 from parity.backward import compare_gradients
+from parity.cache_causes import cache_causes
 from parity.causes import Suspect, name_causes
 from parity.drift import Drift
 from parity.inputs import Suite, suite, texts, unexercised
@@ -21,6 +22,7 @@ from parity.router import LayerRouting
 from parity.sides import Side, WholeModel
 from parity.sides.timed import Cost, Timed
 from parity.sides.torch_hf import Attention, Experts, TorchSide, whole_logits
+from parity.tokens import Tokens, compare_tokens
 from parity.trace import Array, Batch
 from parity.verdict import Finding, Place, judge
 from parity.walk import RoutingKey, Sides, Walk
@@ -53,6 +55,7 @@ def run(
     seed: int = 0,
     change: Callable[[Port], Port] | None = None,
     grad: bool = False,
+    generate: int = 0,
     progress: Progress = lambda step, done, total: None,
 ) -> Result:
     """Compare Flax with PyTorch on one checkpoint, block by block.
@@ -66,6 +69,7 @@ def run(
         seed: of the suite's token ids.
         change: replaces what is tested, as a planted fault does.
         grad: compare the gradients of the training loss as well; this holds whole models in memory.
+        generate: continue the prompts by so many greedy tokens as well; likewise.
         progress: called before each step.
 
     Returns:
@@ -95,6 +99,7 @@ def run(
     routing: dict[RoutingKey, LayerRouting] = {}
     cost: dict[str, Cost] = {}
     suspect: Suspect | None = None
+    tokens: Tokens | None = None
     for walk_dtype in WALKS[dtype]:
         sides = _sides(source, port, dtype, walk_dtype)
         walk = Walk(source.config, Sides(**sides), batches, dtype=walk_dtype, advance=steps.advance)
@@ -109,12 +114,20 @@ def run(
             findings += compare_gradients(
                 source.config, sides["torch"], sides["flax"], sides["oracle"], batch, walk_dtype
             )
+        if generate and (tokens is None or not tokens.failed):
+            tokens = compare_tokens(
+                source.config, (sides["torch"], sides["flax"], sides["oracle"]), batches, generate, walk_dtype
+            )
+            findings += tokens.findings
         for name, side in sides.items():
             cost[name] = cost.get(name, Cost()) + side.cost
     steps.advance("diagnosis")
-    computed_with = Rounded(Rounded(source.view("hf-legacy"), dtype), suspect.dtype if suspect else dtype)
+    legacy = Rounded(source.view("hf-legacy"), dtype)
+    computed_with = Rounded(legacy, suspect.dtype if suspect else dtype)
     leaves = (source.view("flax"), port.weights)
     causes = name_causes(source.config, differences, leaves, findings, suspect, computed_with)
+    if not causes and tokens is not None:
+        causes = cache_causes(source.config, legacy, tokens)
     return Result(
         causes=causes,
         findings=findings,

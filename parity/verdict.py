@@ -13,7 +13,7 @@ from parity.trace import Array
 __all__ = ["MARGIN_LIMIT", "UNEQUAL_LIMIT", "Finding", "Mode", "Place", "Verdict", "judge", "judge_equal", "overall"]
 
 Verdict = Literal["pass", "fail", "unchecked"]
-Mode = Literal["local", "operation", "propagated", "reference", "whole", "backward"]
+Mode = Literal["local", "operation", "propagated", "reference", "whole", "backward", "cache"]
 
 MARGIN_LIMIT = {"float32": 10.0, "bfloat16": 4.0}
 """The largest margin that passes. In float32 55 benign variants reach 3.71 and 189 of 195 planted faults lie at 34.8 or
@@ -35,7 +35,8 @@ class Finding:
         point: its name in the traces.
         mode: how Flax came by its input: the block's from torch (local), the single operation's from torch (operation),
             its own stream (propagated), or the model as users run it (whole). In mode reference it is torch itself, run
-            as users run it, against its own walk; in mode backward the point is a gradient of the training loss.
+            as users run it, against its own walk. In mode backward the point is a gradient of the training loss; in
+            mode cache the model continues a prompt.
         batch: the batch's name.
         verdict: pass, fail or unchecked.
         margin: Flax's error over torch's, None where there is none to compute.

@@ -48,6 +48,13 @@ Exit codes: 0 pass, 1 parity failed, 2 usage, 3 bad input, 4 not everything coul
 @click.option("--text", help="Text instead, through the checkpoint's tokenizer.")
 @click.option("--seed", default=0, show_default=True, help="Of the suite's token ids.")
 @click.option("--grad", is_flag=True, help="Compare the gradients of the training loss too; whole models in memory.")
+@click.option(
+    "--generate",
+    type=click.IntRange(1),
+    default=None,
+    metavar="N",
+    help="Continue the prompts by N greedy tokens too, with the cache on; whole models in memory.",
+)
 @click.option("--report", type=click.Path(path_type=Path), help="Directory for result.json.")
 @click.option("--json", "as_json", is_flag=True, help="Print result.json instead of the table.")
 def run(
@@ -59,6 +66,7 @@ def run(
     text: str | None,
     seed: int,
     grad: bool,
+    generate: int | None,
     report: Path | None,
     as_json: bool,
 ) -> None:
@@ -75,7 +83,9 @@ def run(
     from parity.runner import run as run_parity  # after the inputs are known to be good: it loads JAX and torch
 
     with progress_bar() as progress:
-        result = run_parity(src, flax, dtype=dtype, inputs=inputs, seed=seed, grad=grad, progress=progress)
+        result = run_parity(
+            src, flax, dtype=dtype, inputs=inputs, seed=seed, grad=grad, generate=generate or 0, progress=progress
+        )
     rendered = json_report.render(result)
     if report is not None:
         report.mkdir(parents=True, exist_ok=True)

@@ -14,7 +14,9 @@ from flax_mixtral.decoder import BlockTrace, Context, DecoderBlock, context_of, 
 from flax_mixtral.heads import MODELS, Mixtral, MixtralModel, Model
 from flax_mixtral.losses import IGNORED, causal_lm_loss, load_balancing_loss
 from flax_mixtral.moe import ExpertTrace, expert
+from parity.decoding import Decoded
 from parity.gradients import Gradients
+from parity.sides.flax_decoding import decode, greedy
 from parity.sides.flax_gradients import differentiate
 from parity.sides.flax_operations import Kernels, block_operations, combine, expert_operations
 from parity.trace import Array, Batch, Trace, expert_rows
@@ -99,13 +101,24 @@ class FlaxSide:
 
     def gradients(self, batch: Batch, labels_BT: Array, routing: Sequence[Array] | None = None) -> Gradients:
         """See `Differentiable.gradients`: `jax.grad` of the whole model, by leaf."""
-        model = self.whole_model()
-        assert isinstance(model, Mixtral), self._config.architecture
-        return differentiate(model, batch, labels_BT, routing)
+        return differentiate(self._language_model(), batch, labels_BT, routing)
+
+    def generate(self, batch: Batch, new: int) -> Array:
+        """See `Generates.generate`: `flax_mixtral.generate`."""
+        return greedy(self._language_model(), batch, new)
+
+    def decode(self, batch: Batch, ids_BX: Array, routing: Sequence[Array] | None = None) -> Decoded:
+        """See `Generates.decode`: the whole model with flax_mixtral's cache."""
+        return decode(self._language_model(), batch, ids_BX, routing)
 
     def whole_model(self) -> Model:
         """Build the model as its users have it."""
         return _model_mould(self._config).fill(self._weights)
+
+    def _language_model(self) -> Mixtral:
+        model = self.whole_model()
+        assert isinstance(model, Mixtral), self._config.architecture
+        return model
 
     def _block(self, layer: int) -> DecoderBlock:
         return _block_mould(self._config).fill(self._weights, f"{self._prefix}layers.{layer}.")

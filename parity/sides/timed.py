@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
+from parity.decoding import Decoded, Generates
 from parity.gradients import Differentiable, Gradients
 from parity.sides import Operations, Side
 from parity.trace import Array, Batch, Trace
@@ -66,6 +67,16 @@ class Timed:
         if not isinstance(side, Differentiable):
             return None
         return self._measured(lambda: side.gradients(batch, labels_BT, routing))
+
+    def generate(self, batch: Batch, new: int) -> Array | None:
+        """See `Generates.generate`."""
+        side = self.side
+        return self._measured(lambda: side.generate(batch, new)) if isinstance(side, Generates) else None
+
+    def decode(self, batch: Batch, ids_BX: Array, routing: Sequence[Array] | None = None) -> Decoded | None:
+        """See `Generates.decode`."""
+        side = self.side
+        return self._measured(lambda: side.decode(batch, ids_BX, routing)) if isinstance(side, Generates) else None
 
     def _measured(self, call: Callable[[], T]) -> T:
         start = time.perf_counter()

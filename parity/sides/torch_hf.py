@@ -15,12 +15,14 @@ import torch
 import transformers
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils.hooks import RemovableHandle
 from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.mixtral import modeling_mixtral as mixtral
 
 from flax_mixtral.config import MixtralConfig
+from parity.decoding import Decoded, continued, in_steps, joined
 from parity.gradients import Gradients, Losses
 from parity.metrics import Precision
 from parity.trace import Array, Batch, Trace, expert_rows
@@ -157,11 +159,7 @@ class TorchSide:
     def gradients(self, batch: Batch, labels_BT: Array, routing: Sequence[Array] | None = None) -> Gradients:
         """See `Differentiable.gradients`: autograd through transformers' own model, in its fused layout."""
         with _running(self.threads), torch.enable_grad():
-            with torch.device("meta"):
-                model = getattr(transformers, self.config.architecture)(self._hf_config)
-            model.model.rotary_emb = mixtral.MixtralRotaryEmbedding(self._hf_config)
-            self._fill(model, "")
-            model.tie_weights()
+            model = self._whole_model()
             seen: list[dict[str, Tensor]] = [{} for _ in model.model.layers]
             for number, (layer, own) in enumerate(zip(model.model.layers, seen, strict=True)):
                 _record_gradients(layer, own, None if routing is None else routing[number])
@@ -176,6 +174,55 @@ class TorchSide:
                 [_numpy(_gradient(x_BTD)) for x_BTD in stream],
                 [_numpy(own["router_ids"]) for own in seen],
             )
+
+    def generate(self, batch: Batch, new: int) -> Array:
+        """See `Generates.generate`: transformers' own `generate`."""
+        with _running(self.threads):
+            model = self._whole_model()
+            model.generation_config.eos_token_id = None
+            ids_BT, mask_BT = _tensor(batch.input_ids), _tensor(batch.real_BT.astype(np.int64))
+            found = model.generate(ids_BT, attention_mask=mask_BT, max_new_tokens=new, do_sample=False, pad_token_id=0)
+            return _numpy(found[:, ids_BT.shape[1] :])
+
+    def decode(self, batch: Batch, ids_BX: Array, routing: Sequence[Array] | None = None) -> Decoded:
+        """See `Generates.decode`: the whole model with transformers' own cache."""
+        with _running(self.threads):
+            model = self._whole_model()
+            inputs = _inputs(continued(batch, ids_BX))
+            (B, end), mask = inputs["input_ids"].shape, inputs["attention_mask"]
+            cache = transformers.DynamicCache(config=self._hf_config)
+            logits, routes = [], []
+            for step in in_steps(batch, ids_BX):
+                seen: list[dict[str, Tensor]] = [{} for _ in model.model.layers]
+                hooks = []
+                for layer, (block, own) in enumerate(zip(model.model.layers, seen, strict=True)):
+                    forced = None if routing is None else routing[layer].reshape(B, end, -1)[:, step]
+                    hooks.append(
+                        _observe_router(block, own, None if forced is None else forced.reshape(-1, forced.shape[-1]))
+                    )
+                output = model(
+                    inputs["input_ids"][:, step],
+                    attention_mask=None if mask is None else mask[:, : step.stop],
+                    position_ids=inputs["position_ids"][:, step],
+                    past_key_values=cache,
+                    use_cache=True,
+                    output_router_logits=False,
+                    logits_to_keep=1,
+                )
+                for hook in hooks:
+                    hook.remove()
+                logits.append(output.logits)
+                routes.append([{name: _numpy(own[name]) for name in ("router_logits", "router_ids")} for own in seen])
+            return Decoded(_numpy(torch.cat(logits, dim=1)), joined(routes, B))
+
+    def _whole_model(self) -> Any:
+        """Build the architecture's own model on the side's weights, each in its own memory."""
+        with torch.device("meta"):
+            model = getattr(transformers, self.config.architecture)(self._hf_config)
+        model.model.rotary_emb = mixtral.MixtralRotaryEmbedding(self._hf_config)
+        self._fill(model, "")
+        model.tie_weights()
+        return model
 
     def _mask(self, x_BTD: Tensor, padding: Tensor | None, positions: Tensor) -> Any:
         """Create the mask as `MixtralModel.forward` does."""
@@ -257,7 +304,7 @@ def _record(layer: nn.Module, seen: dict[str, Tensor], routing: Array | None) ->
         layer.get_submodule(path).register_forward_pre_hook(
             lambda module, args, points=points: seen.update(zip(points, args, strict=True))
         )
-    layer.get_submodule("mlp.gate").register_forward_hook(lambda module, args, output: _route(output, seen, routing))
+    _observe_router(layer, seen, routing)
 
 
 def _record_gradients(layer: nn.Module, seen: dict[str, Tensor], routing: Array | None) -> None:
@@ -269,7 +316,13 @@ def _record_gradients(layer: nn.Module, seen: dict[str, Tensor], routing: Array 
 
     layer.register_forward_pre_hook(lambda module, args: keep("resid_in", args[0]))
     layer.register_forward_hook(lambda module, args, output: keep("resid_out", output))
-    layer.get_submodule("mlp.gate").register_forward_hook(lambda module, args, output: _route(output, seen, routing))
+    _observe_router(layer, seen, routing)
+
+
+def _observe_router(layer: nn.Module, seen: dict[str, Tensor], routing: Array | None) -> RemovableHandle:
+    """Attach the hook that keeps a block's routing, and replaces it where another one is forced."""
+    gate = layer.get_submodule("mlp.gate")
+    return gate.register_forward_hook(lambda module, args, output: _route(output, seen, routing))
 
 
 def _gradient(tensor: Tensor) -> Tensor:

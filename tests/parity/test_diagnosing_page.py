@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from parity.cache_causes import FORMS
 from parity.hypotheses import HYPOTHESES
 from parity.weight_causes import ORIGINS
 
@@ -14,7 +15,8 @@ def rows() -> list[str]:
         f"{', '.join(row.dtypes) if len(row.dtypes) == 1 else 'both'} | {'rounding' if row.rounding else 'noise'} |"
         for row in HYPOTHESES
     ]
-    return [f"| `{origin.slug}` | {origin.says} |" for origin in ORIGINS] + replayed
+    cached = [f"| `{form.slug}` | {form.says} |" for form in FORMS]
+    return [f"| `{origin.slug}` | {origin.says} |" for origin in ORIGINS] + replayed + cached
 
 
 def test_the_page_has_every_row_of_the_tables_and_no_other() -> None:
