@@ -177,6 +177,9 @@ def judge_tokens(place: Place, torch_BX: Array, flax_BX: Array, found: Continuat
         return place.finding("tokens", "fail", f"shapes differ: torch {torch_BX.shape}, flax {flax_BX.shape}")
     if torch_BX.size == 0:
         return place.finding("tokens", "unchecked", "empty")
+    V = found.exact_BXV.shape[-1]
+    if flax_BX.dtype.kind not in "iu" or not ((flax_BX >= 0) & (flax_BX < V)).all():
+        return place.finding("tokens", "fail", f"Flax's tokens are not all integers from 0 to {V - 1}")
     error_BX = np.abs(found.torch.logits_BXV.astype(np.float64) - found.exact_BXV).max(axis=-1)
     calibrated_BX = np.maximum(error_BX, np.median(error_BX))
     flipped_BX = _flipped(found)

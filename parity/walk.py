@@ -112,8 +112,8 @@ class Walk:
 
     def _embed(self, batch: Batch) -> Iterator[Finding]:
         torch_BTD, flax_BTD = self.sides.torch.embed(batch), self.sides.flax.embed(batch)
-        exact_BTD = self.sides.oracle.embed(batch)
-        self.streams.append(Stream(batch, torch_BTD, flax_BTD, exact_BTD, np.zeros(batch.input_ids.size, bool)))
+        exact_BTD, flipped_M = self.sides.oracle.embed(batch), np.zeros(batch.input_ids.size, bool)
+        self.streams.append(Stream(batch, torch_BTD, _usable(flax_BTD, torch_BTD), exact_BTD, flipped_M))
         yield judge_equal("embed", self._place(None, "local", batch), torch_BTD, flax_BTD)
 
     def _block(self, layer: int, stream: Stream) -> Iterator[Finding]:
@@ -131,12 +131,15 @@ class Walk:
         own = self._beside(torch, layer, "propagated", batch, stream.flax_BTD, stream.oracle_BTD)
         yield from self._judge_block(layer, "propagated", batch, own)
         self._note_drift(layer, batch, *(trace.arrays.get("lens") for trace in own.traces[:2]))
-        stream.torch_BTD, stream.flax_BTD, stream.oracle_BTD = (trace["resid_out"] for trace in own.traces)
+        torch_BTD, flax_BTD, oracle_BTD = (trace.arrays.get("resid_out") for trace in own.traces)
+        assert torch_BTD is not None and oracle_BTD is not None, "only Flax is on trial"
+        stream.torch_BTD, stream.flax_BTD, stream.oracle_BTD = torch_BTD, _usable(flax_BTD, torch_BTD), oracle_BTD
         if own.routing is not None:
             stream.flipped_M[[flip.token for flip in own.routing.flips]] = True
         for side, trace in zip(("torch", "flax", "oracle"), own.traces, strict=True):
-            if "router_logits" in trace.arrays:
-                stream.router_logits[side].append(trace["router_logits"])
+            logits_ME, like_ME = (found.arrays.get("router_logits") for found in (trace, own.traces[0]))
+            if logits_ME is not None and like_ME is not None and logits_ME.shape == like_ME.shape:
+                stream.router_logits[side].append(logits_ME)
 
     def _operations(self, layer: int, stream: Stream, local: Compared) -> Iterator[Finding]:
         """Run every operation alone on torch's recorded input; what a side cannot run so is unchecked."""
@@ -169,6 +172,8 @@ class Walk:
         arrays = [trace.arrays.get(name) for trace in traces]
         if point.axes != "B N T S":
             return judge(name, point, place, *arrays, rows=_real_rows(point, stream.batch))
+        if len({None if array is None else array.shape for array in arrays}) > 1:
+            return judge(name, point, place, *arrays)
         # Hidden keys have no part, and padding is no query.
         seen = [None if array is None else array[_seen(stream.batch, array)][:, None] for array in arrays]
         return judge(name, point, place, *seen)
@@ -197,14 +202,25 @@ class Walk:
         """Compare routing and keep the comparison; None where a side does not say how it routed."""
         if any(name not in trace.arrays for trace in traces for name in ("router_ids", "router_logits")):
             return None
+        torch, flax, _ = traces
+        ids_MA = flax["router_ids"]
+        fits = (
+            flax["router_logits"].shape == torch["router_logits"].shape
+            and ids_MA.shape[:1] == torch["router_ids"].shape[:1]
+        )
+        if not fits or ids_MA.ndim != 2 or ids_MA.dtype.kind not in "iu":
+            return None
         routing = compare_routing(*traces, batch)
         self.routing[layer, mode, batch.name, self.dtype] = routing
         return routing
 
     def _with_lens(self, side: Side, trace: Trace, batch: Batch) -> Trace:
-        head = side.head(trace["resid_out"], batch)
-        if "logits" in head.arrays:
-            trace.arrays["lens"] = head["logits"]
+        """Add `lens`; a side that has lost its stream has none."""
+        x_BTD = trace.arrays.get("resid_out")
+        if x_BTD is not None and x_BTD.shape == (*batch.input_ids.shape, self.config.hidden_size):
+            head = side.head(x_BTD, batch)
+            if "logits" in head.arrays:
+                trace.arrays["lens"] = head["logits"]
         return trace
 
     def _judge_block(self, layer: int, mode: Mode, batch: Batch, compared: Compared) -> Iterator[Finding]:
@@ -274,10 +290,16 @@ class Walk:
         """Add the losses where the side has recorded every layer's router; else they are missing, and so unchecked."""
         for side, trace in ((self.sides.torch, torch), (self.sides.flax, flax), (self.sides.oracle, oracle)):
             own = "torch" if mode == "local" else side.name
-            logits = torch["logits"] if mode == "local" else trace["logits"]
-            if len(stream.router_logits[own]) < self.config.num_hidden_layers:
+            logits = (torch if mode == "local" else trace).arrays.get("logits")
+            complete = len(stream.router_logits[own]) == self.config.num_hidden_layers
+            if logits is None or logits.shape != torch["logits"].shape or not complete:
                 continue
             trace.arrays.update(side.losses(logits, stream.router_logits[own], stream.batch).arrays)
+
+
+def _usable(flax_BTD: Array | None, torch_BTD: Array) -> Array:
+    """Let Flax go on from torch's stream where it has lost its own: its other blocks are still to be judged."""
+    return torch_BTD if flax_BTD is None or flax_BTD.shape != torch_BTD.shape else flax_BTD
 
 
 def _blamed(findings: Sequence[Finding]) -> bool:
@@ -287,7 +309,9 @@ def _blamed(findings: Sequence[Finding]) -> bool:
 
 def _judge_routing(name: str, place: Place, routing: LayerRouting | None) -> Finding:
     if routing is None:
-        return place.finding(name, "unchecked", "a side does not give router_ids and router_logits")
+        return place.finding(
+            name, "unchecked", "a side does not give whole router_ids and router_logits that fit the batch"
+        )
     if routing.tokens == 0:
         return place.finding(name, "unchecked", "empty: no real token")
     unexcused = [flip for flip in routing.flips if not flip.excused]
