@@ -1,6 +1,7 @@
 """Between modules and named arrays: fill a tree by path, and list what a tree holds."""
 
 from collections.abc import Callable, Mapping
+from itertools import groupby
 from typing import Any, Generic, TypeVar
 
 import jax
@@ -11,6 +12,7 @@ from flax import nnx
 __all__ = ["Mould", "arrays_of"]
 
 Built = TypeVar("Built", bound=nnx.Module)
+Path = tuple[Any, ...]
 Arrays = Mapping[str, npt.NDArray[Any] | jax.Array]
 
 
@@ -29,7 +31,8 @@ class Mould(Generic[Built]):
         """Make a module whose parameters are the given arrays.
 
         Args:
-            arrays: one array for each parameter, by its dotted path; others are not looked at.
+            arrays: one array for each leaf of `tree`, by its dotted path; others are not looked at. A module that holds
+                every expert by itself takes its parts of the stacked array.
             prefix: stands before every path, as `model.layers.3.`.
             partial: leave a parameter without an array abstract (a shape and a dtype) instead of refusing.
 
@@ -38,17 +41,20 @@ class Mould(Generic[Built]):
         """
         problems = []
         leaves = []
-        for path, leaf in self._leaves:
-            name = prefix + ".".join(map(str, path))
+        for leaf_path, group in groupby(self._leaves, key=lambda row: _leaf_path(row[0])):
+            name, rows = prefix + leaf_path, list(group)
             if name not in arrays:
-                leaves.append((path, leaf))
+                leaves += rows
                 if not partial:
                     problems.append(f"{name}: no array")
                 continue
-            array = jnp.asarray(arrays[name])
-            if array.shape != leaf.shape:
-                problems.append(f"{name}: expected shape {leaf.shape}, got {array.shape}")
-            leaves.append((path, leaf.replace(array)))
+            array, expected = arrays[name], _stacked_shape(rows)
+            if array.shape != expected:
+                problems.append(f"{name}: expected shape {expected}, got {array.shape}")
+                continue
+            for path, leaf in rows:
+                part = array[path[-1]] if isinstance(path[-1], int) else array
+                leaves.append((path, leaf.replace(jnp.asarray(part))))
         if problems:
             listed = "\n".join(f"  - {problem}" for problem in problems)
             raise ValueError(f"the arrays do not fill the module:\n{listed}")
@@ -56,6 +62,24 @@ class Mould(Generic[Built]):
 
 
 def arrays_of(module: nnx.Module) -> dict[str, jax.Array]:
-    """Give every parameter by its dotted path, in the tree's order."""
+    """Give every leaf of `tree` by its dotted path, in the tree's order; experts held one by one are stacked."""
     flat = nnx.to_flat_state(nnx.state(module, nnx.Param))
-    return {".".join(map(str, path)): leaf[...] for path, leaf in flat}
+    return {
+        name: jnp.stack([leaf[...] for _, leaf in rows]) if _is_part(rows[0][0]) else rows[0][1][...]
+        for name, group in groupby(flat, key=lambda row: _leaf_path(row[0]))
+        if (rows := list(group))
+    }
+
+
+def _is_part(path: Path) -> bool:
+    """Say whether a parameter is one expert's part of a stacked leaf: its path then ends in the expert's number."""
+    return isinstance(path[-1], int)
+
+
+def _leaf_path(path: Path) -> str:
+    return ".".join(map(str, path[:-1] if _is_part(path) else path))
+
+
+def _stacked_shape(rows: list[tuple[Path, Any]]) -> tuple[int, ...]:
+    path, leaf = rows[0]
+    return (len(rows), *leaf.shape) if _is_part(path) else tuple(leaf.shape)

@@ -9,6 +9,7 @@ from flax import nnx
 from flax_mixtral.attention import Attention, visible_keys
 from flax_mixtral.cache import KVCache, Past, keys_in_sight
 from flax_mixtral.config import MixtralConfig
+from flax_mixtral.experts import Choice
 from flax_mixtral.moe import MoE
 from flax_mixtral.norm import RMSNorm
 from flax_mixtral.rope import Rotary, rotary
@@ -96,11 +97,11 @@ class Embedding(nnx.Module):
 class DecoderBlock(nnx.Module):
     """Attention and experts, each after its norm and added to the residual stream."""
 
-    def __init__(self, config: MixtralConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+    def __init__(self, config: MixtralConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs, experts: Choice = "auto"):
         self.input_norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype=dtype)
         self.attention = Attention(config, dtype=dtype, rngs=rngs)
         self.post_attention_norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype=dtype)
-        self.moe = MoE(config, dtype=dtype, rngs=rngs)
+        self.moe = MoE(config, dtype=dtype, rngs=rngs, experts=experts)
 
     def __call__(
         self,
@@ -148,10 +149,18 @@ class DecoderBlock(nnx.Module):
 class Decoder(nnx.Module):
     """Embedding, blocks and final norm: Mixtral without a head."""
 
-    def __init__(self, config: MixtralConfig, *, dtype: jnp.dtype = jnp.float32, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        config: MixtralConfig,
+        *,
+        dtype: jnp.dtype = jnp.float32,
+        rngs: nnx.Rngs,
+        experts: Choice = "auto",
+    ):
         self.config = config
         self.embed_tokens = Embedding(config, dtype=dtype, rngs=rngs)
-        self.layers = nnx.List([DecoderBlock(config, dtype=dtype, rngs=rngs) for _ in range(config.num_hidden_layers)])
+        depth = range(config.num_hidden_layers)
+        self.layers = nnx.List([DecoderBlock(config, dtype=dtype, rngs=rngs, experts=experts) for _ in depth])
         self.final_norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype=dtype)
 
     def __call__(

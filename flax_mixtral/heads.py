@@ -12,6 +12,7 @@ from flax_mixtral import pretrained
 from flax_mixtral.cache import KVCache
 from flax_mixtral.config import Architecture, ConfigError, MixtralConfig
 from flax_mixtral.decoder import Decoder, DecoderTrace
+from flax_mixtral.experts import Choice
 from flax_mixtral.losses import load_balancing_loss
 from flax_mixtral.projection import Projection, project
 
@@ -50,7 +51,14 @@ class _Pretrained(nnx.Module):
 
     architecture: Architecture
 
-    def __init__(self, config: MixtralConfig, *, dtype: jnp.dtype = jnp.float32, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        config: MixtralConfig,
+        *,
+        dtype: jnp.dtype = jnp.float32,
+        rngs: nnx.Rngs,
+        experts: Choice = "auto",
+    ):
         if config.architecture != self.architecture:
             raise ConfigError(
                 f"{type(self).__name__} is for {self.architecture}, but the configuration says {config.architecture}; "
@@ -59,18 +67,19 @@ class _Pretrained(nnx.Module):
         self.config = config
 
     @classmethod
-    def from_pretrained(cls, path: str | Path, *, dtype: jnp.dtype | None = None) -> Self:
+    def from_pretrained(cls, path: str | Path, *, dtype: jnp.dtype | None = None, experts: Choice = "auto") -> Self:
         """Read a checkpoint directory.
 
         Args:
             path: what mixtral-convert wrote, or a Hugging Face Mixtral checkpoint, which is then mapped in memory.
             dtype: of all parameters; None keeps the file's, which must then be one.
+            experts: the backend, see `experts.choose_backend`.
 
         Raises:
             ConfigError: config.json cannot be honoured, or is for another head.
             convert.BadInput: tensors are missing, unexpected, misshaped or unreadable.
         """
-        return pretrained.load(lambda config, rngs: cls(config, rngs=rngs), path, dtype)
+        return pretrained.load(lambda config, rngs: cls(config, rngs=rngs, experts=experts), path, dtype)
 
     def save_pretrained(self, path: str | Path) -> None:
         """Write config.json and flax_model.safetensors, as mixtral-convert does."""
@@ -94,9 +103,16 @@ class MixtralModel(Decoder, _Pretrained):
 
     architecture = "MixtralModel"
 
-    def __init__(self, config: MixtralConfig, *, dtype: jnp.dtype = jnp.float32, rngs: nnx.Rngs):
-        _Pretrained.__init__(self, config, dtype=dtype, rngs=rngs)
-        Decoder.__init__(self, config, dtype=dtype, rngs=rngs)
+    def __init__(
+        self,
+        config: MixtralConfig,
+        *,
+        dtype: jnp.dtype = jnp.float32,
+        rngs: nnx.Rngs,
+        experts: Choice = "auto",
+    ):
+        _Pretrained.__init__(self, config, dtype=dtype, rngs=rngs, experts=experts)
+        Decoder.__init__(self, config, dtype=dtype, rngs=rngs, experts=experts)
 
     def __call__(  # type: ignore[override]  # the decoder's trace becomes the users' output
         self,
@@ -114,9 +130,16 @@ class MixtralModel(Decoder, _Pretrained):
 class _Headed(_Pretrained):
     """A decoder under `model`, and a head on its output."""
 
-    def __init__(self, config: MixtralConfig, *, dtype: jnp.dtype = jnp.float32, rngs: nnx.Rngs):
-        super().__init__(config, dtype=dtype, rngs=rngs)
-        self.model = Decoder(config, dtype=dtype, rngs=rngs)
+    def __init__(
+        self,
+        config: MixtralConfig,
+        *,
+        dtype: jnp.dtype = jnp.float32,
+        rngs: nnx.Rngs,
+        experts: Choice = "auto",
+    ):
+        super().__init__(config, dtype=dtype, rngs=rngs, experts=experts)
+        self.model = Decoder(config, dtype=dtype, rngs=rngs, experts=experts)
 
     def __call__(
         self,
@@ -157,8 +180,15 @@ class Mixtral(_Headed):
 
     architecture = "MixtralForCausalLM"
 
-    def __init__(self, config: MixtralConfig, *, dtype: jnp.dtype = jnp.float32, rngs: nnx.Rngs):
-        super().__init__(config, dtype=dtype, rngs=rngs)
+    def __init__(
+        self,
+        config: MixtralConfig,
+        *,
+        dtype: jnp.dtype = jnp.float32,
+        rngs: nnx.Rngs,
+        experts: Choice = "auto",
+    ):
+        super().__init__(config, dtype=dtype, rngs=rngs, experts=experts)
         if not config.tie_word_embeddings:
             shape_DV = (config.hidden_size, config.vocab_size)
             self.lm_head = Projection(shape_DV, std=config.initializer_range, dtype=dtype, rngs=rngs)
@@ -175,8 +205,15 @@ class MixtralForSequenceClassification(_Headed):
 
     architecture = "MixtralForSequenceClassification"
 
-    def __init__(self, config: MixtralConfig, *, dtype: jnp.dtype = jnp.float32, rngs: nnx.Rngs):
-        super().__init__(config, dtype=dtype, rngs=rngs)
+    def __init__(
+        self,
+        config: MixtralConfig,
+        *,
+        dtype: jnp.dtype = jnp.float32,
+        rngs: nnx.Rngs,
+        experts: Choice = "auto",
+    ):
+        super().__init__(config, dtype=dtype, rngs=rngs, experts=experts)
         shape_DC = (config.hidden_size, config.num_labels)
         self.score = Projection(shape_DC, std=config.initializer_range, dtype=dtype, rngs=rngs)
 
@@ -200,8 +237,15 @@ class MixtralForTokenClassification(_Headed):
 
     architecture = "MixtralForTokenClassification"
 
-    def __init__(self, config: MixtralConfig, *, dtype: jnp.dtype = jnp.float32, rngs: nnx.Rngs):
-        super().__init__(config, dtype=dtype, rngs=rngs)
+    def __init__(
+        self,
+        config: MixtralConfig,
+        *,
+        dtype: jnp.dtype = jnp.float32,
+        rngs: nnx.Rngs,
+        experts: Choice = "auto",
+    ):
+        super().__init__(config, dtype=dtype, rngs=rngs, experts=experts)
         D, C = config.hidden_size, config.num_labels
         bias_C = (C,) if config.token_classification_bias else None
         self.score = Projection((D, C), std=config.initializer_range, bias=bias_C, dtype=dtype, rngs=rngs)
@@ -217,8 +261,15 @@ class MixtralForQuestionAnswering(_Headed):
 
     architecture = "MixtralForQuestionAnswering"
 
-    def __init__(self, config: MixtralConfig, *, dtype: jnp.dtype = jnp.float32, rngs: nnx.Rngs):
-        super().__init__(config, dtype=dtype, rngs=rngs)
+    def __init__(
+        self,
+        config: MixtralConfig,
+        *,
+        dtype: jnp.dtype = jnp.float32,
+        rngs: nnx.Rngs,
+        experts: Choice = "auto",
+    ):
+        super().__init__(config, dtype=dtype, rngs=rngs, experts=experts)
         D, C = config.hidden_size, config.num_labels
         self.qa_outputs = Projection((D, C), std=config.initializer_range, bias=(C,), dtype=dtype, rngs=rngs)
 

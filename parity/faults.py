@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from flax_mixtral import attention, moe, norm, projection, rope
+from flax_mixtral import attention, experts, moe, norm, projection, rope
 from flax_mixtral.config import MixtralConfig
 from flax_mixtral.decoder import DecoderBlock
 from parity import faulty_ops as wrong
@@ -271,7 +271,7 @@ EXPERTS = (
     Fault(
         slug="expert-skipped",
         shows=("moe_out",),
-        functions=_instead((moe.dense_experts, wrong.experts_but_the_last)),
+        functions=_instead((experts.apply_experts, wrong.experts_but_the_last)),
     ),
     Fault(
         slug="router-not-renormalised",
@@ -305,19 +305,20 @@ EXPERTS = (
         slug="combine-low-precision",
         shows=("moe_out",),
         functions=_instead(
-            (moe.dense_experts, wrong.experts_summed_in_bfloat16), (flax_operations.combine, wrong.combined_in_bfloat16)
+            (experts.apply_experts, wrong.experts_summed_in_bfloat16),
+            (flax_operations.combine, wrong.combined_in_bfloat16),
         ),
         dtypes=BF16,
     ),
     Fault(
         slug="capacity-drop",
         shows=("moe_out",),
-        functions=_instead((moe.dense_experts, wrong.experts_with_capacity)),
+        functions=_instead((experts.apply_experts, wrong.experts_with_capacity)),
     ),
     Fault(
         slug="weight-before-expert",
         shows=("moe_out",),
-        functions=_instead((moe.dense_experts, wrong.experts_on_weighted_input)),
+        functions=_instead((experts.apply_experts, wrong.experts_on_weighted_input)),
     ),
     Fault(slug="activation-wrong", shows=("expert.act",), config=_other_activation),
     Fault(slug="jitter-on", shows=("router_logits",), functions=_instead((moe.jitter, wrong.jittered))),

@@ -11,14 +11,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from flax_mixtral import attention, moe, projection, rope
+from flax_mixtral import attention, experts, moe, projection, rope
 from flax_mixtral.config import MixtralConfig
 from flax_mixtral.decoder import BlockTrace, DecoderBlock
+from flax_mixtral.experts import Backend, Kernels
 from flax_mixtral.moe import Routing
 from flax_mixtral.rope import Rotary
 from parity.trace import Array, Trace, routed
-
-Kernels = tuple[jax.Array, jax.Array, jax.Array]
 
 
 def rounded(x: jax.Array) -> jax.Array:
@@ -208,23 +207,23 @@ def jittered(x_BTD: jax.Array, noise: float, key: jax.Array | None) -> jax.Array
 def _per_expert(x_MD: jax.Array, weights_MA: jax.Array, ids_MA: jax.Array, kernels: Kernels, act: str) -> jax.Array:
     """Give each expert's weighted output for every token: [E, M, D] float32, zero where it was not chosen."""
     outputs = []
-    for number in range(kernels[0].shape[0]):
+    for number in range(len(kernels.gate)):
         chosen_M = jnp.sum(jnp.where(ids_MA == number, weights_MA, 0), axis=-1)
         gate_DF, up_DF, down_FD = (kernel[number] for kernel in kernels)
-        down_MD = moe.expert(x_MD, gate_DF, up_DF, down_FD, act).down_RD
+        down_MD = experts.expert(x_MD, gate_DF, up_DF, down_FD, act).down_RD
         outputs.append(down_MD.astype(jnp.float32) * chosen_M[:, None])
     return jnp.stack(outputs)
 
 
 def experts_but_the_last(
-    x_MD: jax.Array, weights_MA: jax.Array, ids_MA: jax.Array, kernels: Kernels, act: str
+    x_MD: jax.Array, weights_MA: jax.Array, ids_MA: jax.Array, kernels: Kernels, act: str, backend: Backend
 ) -> jax.Array:
     """Loop over one expert too few."""
     return _per_expert(x_MD, weights_MA, ids_MA, kernels, act)[:-1].sum(axis=0).astype(x_MD.dtype)
 
 
 def experts_summed_in_bfloat16(
-    x_MD: jax.Array, weights_MA: jax.Array, ids_MA: jax.Array, kernels: Kernels, act: str
+    x_MD: jax.Array, weights_MA: jax.Array, ids_MA: jax.Array, kernels: Kernels, act: str, backend: Backend
 ) -> jax.Array:
     """Weigh and sum the experts without an upcast."""
     sum_MD = jnp.zeros(x_MD.shape, jnp.float32)
@@ -234,26 +233,26 @@ def experts_summed_in_bfloat16(
 
 
 def experts_with_capacity(
-    x_MD: jax.Array, weights_MA: jax.Array, ids_MA: jax.Array, kernels: Kernels, act: str
+    x_MD: jax.Array, weights_MA: jax.Array, ids_MA: jax.Array, kernels: Kernels, act: str, backend: Backend
 ) -> jax.Array:
     """Drop the tokens that come after an expert has its even share."""
-    experts = kernels[0].shape[0]
-    hit_MAE = jax.nn.one_hot(ids_MA, experts, dtype=jnp.int32)
-    place_MAE = jnp.cumsum(hit_MAE.reshape(-1, experts), axis=0).reshape(hit_MAE.shape) * hit_MAE
-    capacity = -(-ids_MA.size // experts)
+    number = len(kernels.gate)
+    hit_MAE = jax.nn.one_hot(ids_MA, number, dtype=jnp.int32)
+    place_MAE = jnp.cumsum(hit_MAE.reshape(-1, number), axis=0).reshape(hit_MAE.shape) * hit_MAE
+    capacity = -(-ids_MA.size // number)
     kept_MA = place_MAE.sum(axis=-1) <= capacity
     return _per_expert(x_MD, weights_MA * kept_MA, ids_MA, kernels, act).sum(axis=0).astype(x_MD.dtype)
 
 
 def experts_on_weighted_input(
-    x_MD: jax.Array, weights_MA: jax.Array, ids_MA: jax.Array, kernels: Kernels, act: str
+    x_MD: jax.Array, weights_MA: jax.Array, ids_MA: jax.Array, kernels: Kernels, act: str, backend: Backend
 ) -> jax.Array:
     """Scale an expert's input by its weight instead of its output."""
     sum_MD = jnp.zeros(x_MD.shape, jnp.float32)
-    for number in range(kernels[0].shape[0]):
+    for number in range(len(kernels.gate)):
         weight_M1 = jnp.sum(jnp.where(ids_MA == number, weights_MA, 0), axis=-1)[:, None].astype(x_MD.dtype)
         gate_DF, up_DF, down_FD = (kernel[number] for kernel in kernels)
-        down_MD = moe.expert(x_MD * weight_M1, gate_DF, up_DF, down_FD, act).down_RD
+        down_MD = experts.expert(x_MD * weight_M1, gate_DF, up_DF, down_FD, act).down_RD
         sum_MD += jnp.where(weight_M1 > 0, down_MD, 0)
     return sum_MD.astype(x_MD.dtype)
 

@@ -6,14 +6,13 @@ from functools import cache, cached_property
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
 from flax_mixtral.arrays import Mould
 from flax_mixtral.config import MixtralConfig
 from flax_mixtral.decoder import BlockTrace, Context, DecoderBlock, context_of, look_up
+from flax_mixtral.experts import ExpertTrace, expert
 from flax_mixtral.heads import MODELS, Mixtral, MixtralModel, Model
 from flax_mixtral.losses import IGNORED, causal_lm_loss, load_balancing_loss
-from flax_mixtral.moe import ExpertTrace, expert
 from parity.decoding import Decoded
 from parity.gradients import Gradients
 from parity.sides.flax_decoding import decode, greedy
@@ -66,7 +65,7 @@ class FlaxSide:
         x_MD = given["post_attn_norm"].reshape(-1, self._config.hidden_size)
         for number, rows in given.rows.items():
             seen = {name: _padded(given[f"expert.{number}.{name}"]) for name in ("gate", "up", "act")}
-            kernels = Kernels(*(kernel[number] for kernel in self._kernels(module)))
+            kernels = Kernels(*(kernel[number] for kernel in module.moe.experts.kernels()))
             outputs = self._run_expert_operations(_padded(x_MD[rows]), seen, kernels, self._config.hidden_act)
             for name, array in outputs.items():
                 trace.arrays[f"expert.{number}.{name}"] = np.asarray(array)[: len(rows)]
@@ -133,14 +132,10 @@ class FlaxSide:
         mask, position = (None if x is None else jnp.asarray(x) for x in (batch.attention_mask, batch.position_ids))
         return context_of(self._config, batch.input_ids.shape, mask, position, x_BTD.dtype)
 
-    def _kernels(self, block: DecoderBlock) -> tuple[nnx.Param[jax.Array], ...]:
-        experts = block.moe.experts
-        return experts.gate, experts.up, experts.down
-
     def _record_experts(self, trace: Trace, block: DecoderBlock, batch: Batch, ids_MA: Array) -> None:
         x_MD = trace["post_attn_norm"].reshape(-1, self._config.hidden_size)
         for number, rows in enumerate(expert_rows(ids_MA, batch, self._config.num_local_experts)):
-            kernels = (kernel[number] for kernel in self._kernels(block))
+            kernels = (kernel[number] for kernel in block.moe.experts.kernels())
             found: ExpertTrace = self._run_expert(_padded(x_MD[rows]), *kernels, hidden_act=self._config.hidden_act)
             trace.rows[number] = rows
             for name, array in zip(("gate", "up", "act", "down"), found, strict=True):

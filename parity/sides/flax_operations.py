@@ -9,7 +9,8 @@ import numpy as np
 from flax_mixtral.activations import activate
 from flax_mixtral.attention import attention_probs, attention_scores, mix_values
 from flax_mixtral.decoder import Context, DecoderBlock
-from flax_mixtral.moe import router_probs, weigh, weighted
+from flax_mixtral.experts import weighted
+from flax_mixtral.moe import router_probs, weigh
 from flax_mixtral.projection import project
 from flax_mixtral.rope import rotate
 from parity.trace import Array, Trace, routed

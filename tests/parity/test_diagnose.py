@@ -14,8 +14,9 @@ import pytest
 from scipy.special import erf  # type: ignore[import-untyped]  # SciPy ships no types
 
 from convert import Checkpoint
-from flax_mixtral import attention, moe, norm, projection, rope
+from flax_mixtral import attention, experts, norm, projection, rope
 from flax_mixtral.config import MixtralConfig
+from flax_mixtral.experts import Backend, Kernels
 from parity.cause import Cause
 from parity.diagnose import replay, replay_head, slope
 from parity.faults import FAULTS, Fault, planted
@@ -399,12 +400,12 @@ def attend_low(q: jax.Array, k: jax.Array, v: jax.Array, visible: jax.Array, **r
 
 
 def combine_low(
-    x: jax.Array, weights: jax.Array, ids: jax.Array, kernels: tuple[jax.Array, ...], hidden_act: str
+    x: jax.Array, weights: jax.Array, ids: jax.Array, kernels: Kernels, hidden_act: str, backend: Backend
 ) -> jax.Array:
     total = jnp.zeros_like(x)
     for number, (gate, up, down) in enumerate(zip(*kernels, strict=True)):
         weight = jnp.sum(jnp.where(ids == number, weights, 0), axis=-1, keepdims=True).astype(x.dtype)
-        total = total + weight * moe.expert(x, gate, up, down, hidden_act).down_RD
+        total = total + weight * experts.expert(x, gate, up, down, hidden_act).down_RD
     return total
 
 
@@ -420,7 +421,7 @@ PATCHES: dict[str, tuple[str, Any, str, Any]] = {
     "norm-cast-order": ("input_norm", norm, "rms_norm", norm_cast_last),
     "norm-not-upcast": ("input_norm", norm, "rms_norm", norm_not_upcast),
     "softmax-low-precision": ("attn_context", attention, "attend", attend_low),
-    "combine-low-precision": ("moe_out", moe, "dense_experts", combine_low),
+    "combine-low-precision": ("moe_out", experts, "apply_experts", combine_low),
     "rope-freq-low-precision": ("q_rot", rope, "inverse_frequencies", frequencies_low),
 }
 """Faults that lose precision, as bfloat16 has them: where they show, and the function they replace."""

@@ -1,0 +1,72 @@
+"""Tokens sorted by expert and processed in blocks of rows: only experts that are hit cost anything. For CPUs.
+
+Every expert has an array of its own and is multiplied where it lies. Shapes are static: an expert's blocks are a scan
+over as many as it could have, with a switch by how many rows are left, none or one of a few sizes. There is only
+scan and switch here, so every transform of JAX goes through.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from flax_mixtral.experts.one import Kernels, expert, places, sum_chosen
+
+__all__ = ["block_experts"]
+
+SIZES = (8, 32, 64, 96, 128)
+"""Rows of a block."""
+
+
+def block_experts(
+    x_MD: jax.Array, weights_MA: jax.Array, ids_MA: jax.Array, kernels: Kernels, hidden_act: str
+) -> jax.Array:
+    """Apply the experts; see `apply_experts`. The kernels are one array per expert."""
+    M, A = ids_MA.shape
+    E = len(kernels.gate)
+    sizes = (*(size for size in SIZES if size < M), min(M, SIZES[-1]))
+    C = -(-M // sizes[-1]) * sizes[-1]  # rows of an expert that every token chose
+    place_MA, count_E = places(ids_MA, E)
+    token_MA = jnp.broadcast_to(jnp.arange(M)[:, None], (M, A))
+    token_EC = jnp.zeros((E, C), jnp.int32).at[ids_MA, place_MA].set(token_MA)
+    down_ECD = [
+        _one_expert(x_MD, token_EC[e], count_E[e], (gate_DF, up_DF, down_FD), sizes, hidden_act)
+        for e, (gate_DF, up_DF, down_FD) in enumerate(zip(*kernels, strict=True))
+    ]
+    down_MAD = jnp.concatenate(down_ECD)[ids_MA * C + place_MA]
+    return sum_chosen(down_MAD, weights_MA)
+
+
+def _one_expert(
+    x_MD: jax.Array,
+    token_C: jax.Array,
+    count: jax.Array,
+    kernels: tuple[jax.Array, jax.Array, jax.Array],
+    sizes: tuple[int, ...],
+    hidden_act: str,
+) -> jax.Array:
+    """Give the expert's outputs [C, D] for its first `count` tokens, and zeros after them."""
+    largest, D = sizes[-1], x_MD.shape[1]
+
+    def of_size(size: int) -> Callable[[jax.Array], jax.Array]:
+        def run(start: jax.Array) -> jax.Array:
+            token_R = jax.lax.dynamic_slice_in_dim(token_C, start, size)
+            # Zeros where no token is left: another expert's token could overflow here, and spoil a gradient.
+            real_R1 = (start + jnp.arange(size) < count)[:, None]
+            down_RD = expert(jnp.where(real_R1, x_MD[token_R], 0), *kernels, hidden_act).down_RD
+            return jnp.pad(down_RD, ((0, largest - size), (0, 0)))
+
+        return run
+
+    branches = [lambda start: jnp.zeros((largest, D), x_MD.dtype), *map(of_size, sizes)]
+
+    # Recomputed in a backward pass: what a switch would keep is a copy for every size.
+    @jax.checkpoint
+    def block(start: jax.Array) -> jax.Array:
+        smaller = jnp.array((0, *sizes[:-1]))
+        down_RD: jax.Array = jax.lax.switch(jnp.sum(count - start > smaller), branches, start)
+        return down_RD
+
+    starts = jnp.arange(0, len(token_C), largest)
+    down_SRD: jax.Array = jax.lax.map(block, starts)
+    return down_SRD.reshape(len(token_C), D)
