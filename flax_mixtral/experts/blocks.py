@@ -58,7 +58,8 @@ def _one_expert(
 
         return run
 
-    branches = [lambda start: jnp.zeros((largest, D), x_MD.dtype), *map(of_size, sizes)]
+    # Zeros like x, so that under shard_map every branch varies as x does.
+    branches = [lambda start: jnp.zeros_like(x_MD, shape=(largest, D)), *map(of_size, sizes)]
 
     # Recomputed in a backward pass: what a switch would keep is a copy for every size.
     @jax.checkpoint

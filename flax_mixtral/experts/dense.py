@@ -23,6 +23,6 @@ def dense_experts(
         return sum_MD + jnp.where(hit_MA.any(axis=-1, keepdims=True), weighted_MD, 0), None
 
     numbers_E = jnp.arange(len(kernels.gate))
-    start_MD = jnp.zeros(x_MD.shape, weights_MA.dtype)
+    start_MD = jnp.zeros_like(x_MD, weights_MA.dtype)  # like x, so that under shard_map it varies as x does
     sum_MD, _ = jax.lax.scan(add_expert, start_MD, (numbers_E, *map(jnp.asarray, kernels)))
     return sum_MD.astype(x_MD.dtype)

@@ -9,6 +9,7 @@ import transformers
 
 from flax_mixtral import MODELS, Mixtral, MixtralConfig, MixtralOutput
 from flax_mixtral.arrays import Mould
+from flax_mixtral.experts import Choice
 from flax_mixtral.heads import Model
 from flax_mixtral.tree import slots
 from tests.checkpoints import write_checkpoint
@@ -40,8 +41,8 @@ def ids_and_mask(padding: str = "left", vocabulary: int = 101) -> tuple[np.ndarr
     return ids * mask, mask
 
 
-def drawn(config: MixtralConfig, seed: int = 0) -> Mixtral:
+def drawn(config: MixtralConfig, seed: int = 0, experts: Choice = "auto") -> Mixtral:
     """Build a model with NumPy's random numbers: compiling JAX's, one program per shape, takes many seconds."""
     rng = np.random.default_rng(seed)
     arrays = {slot.path: rng.normal(0, 0.3, slot.shape).astype(np.float32) for slot in slots(config)}
-    return Mould(lambda rngs: Mixtral(config, rngs=rngs)).fill(arrays)
+    return Mould(lambda rngs: Mixtral(config, rngs=rngs, experts=experts)).fill(arrays)

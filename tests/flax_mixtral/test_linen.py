@@ -1,0 +1,123 @@
+"""Linen's Mixtral, and the mistake of google/flax #3665 with its cure, as docs/control-flow.md tells them."""
+
+import re
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen, traverse_util
+
+from flax_mixtral import MixtralConfig
+from flax_mixtral.arrays import arrays_of
+from flax_mixtral.experts import Choice
+from flax_mixtral.linen import Mixtral
+from flax_mixtral.tree import slots
+from tests.flax_mixtral.models import drawn, forward
+
+CONFIG = MixtralConfig(
+    vocab_size=31,
+    hidden_size=12,
+    intermediate_size=20,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=6,
+    num_local_experts=5,
+)
+IDS = jnp.arange(14).reshape(2, 7) * 3 % 31
+MASK = jnp.ones((2, 7), int).at[1, :3].set(0)
+PAGE = Path(__file__).parents[2] / "docs" / "control-flow.md"
+
+
+def page() -> dict[str, Any]:
+    """Run the page's code, but for the last block, whose names stand for the reader's own."""
+    names: dict[str, Any] = {"jax": jax, "jnp": jnp, "linen": linen}
+    for block in re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)[:-1]:
+        exec(block, names)
+    return names
+
+
+@cache
+def initial() -> Any:
+    return jax.jit(Mixtral(CONFIG).init)(jax.random.key(0), IDS)
+
+
+def paths(variables: Any) -> dict[str, tuple[int, ...]]:
+    return {name: leaf.shape for name, leaf in traverse_util.flatten_dict(variables["params"], sep=".").items()}
+
+
+def test_parameters_have_the_paths_and_shapes_of_the_tree() -> None:
+    expected = {slot.path: slot.shape for slot in slots(CONFIG)}
+    assert paths(initial()) == expected
+    assert paths(jax.eval_shape(Mixtral(CONFIG).init, jax.random.key(0), IDS)) == expected
+
+
+@pytest.mark.parametrize("experts", ["dense", "blocks"])
+def test_no_leaf_of_init_is_a_tracer(experts: Choice) -> None:
+    variables = Mixtral(CONFIG, experts=experts).init(jax.random.key(0), IDS)
+    assert page()["leaked"](variables) == []
+
+
+def test_apply_is_the_nnx_model() -> None:
+    model = drawn(CONFIG)
+    params = traverse_util.unflatten_dict(arrays_of(model), sep=".")
+    found = jax.jit(Mixtral(CONFIG).apply)({"params": params}, IDS, MASK)
+    for ours, plain in zip(jax.tree.leaves(found), jax.tree.leaves(forward(model, IDS, MASK)), strict=True):
+        np.testing.assert_array_equal(ours, plain)
+
+
+def test_init_draws_as_the_nnx_model_does() -> None:
+    params = initial()["params"]
+    assert not np.any(params["model"]["final_norm"]["scale"] - 1)
+    spread = np.std(params["model"]["layers"]["1"]["moe"]["experts"]["up"])
+    assert abs(spread - CONFIG.initializer_range) < 0.1 * CONFIG.initializer_range
+    assert not np.allclose(params["model"]["layers"]["0"]["moe"]["router"]["kernel"], 0)
+
+
+def test_a_misshaped_parameter_is_refused() -> None:
+    params = {**initial()["params"], "lm_head": {"kernel": jnp.zeros((12, 30))}}
+    with pytest.raises(Exception, match="shape"):
+        Mixtral(CONFIG).apply({"params": params}, IDS)
+
+
+# --- google/flax #3665 ----------------------------------------------------------------------------------------------
+
+X = jnp.linspace(-1, 1, 6 * 4).reshape(6, 4)
+CHOSEN = jnp.array([0, 2, 1, 1, 0, 2])
+
+
+def test_the_mistake_is_silent_and_the_tracer_leaves_show_it() -> None:
+    variables = page()["Mistaken"](experts=3, width=4).init(jax.random.key(0), X, CHOSEN)
+    assert page()["leaked"](variables)
+    with pytest.raises(jax.errors.UnexpectedTracerError):
+        jax.tree.map(lambda leaf: leaf + 1, variables)
+
+
+def test_a_python_list_cannot_be_indexed_by_a_traced_number() -> None:
+    with pytest.raises(jax.errors.TracerIntegerConversionError):
+        jax.lax.scan(lambda x, number: (x, [1, 2, 3][number]), 0, jnp.arange(3))
+
+
+def test_the_cure_gives_each_token_its_own_expert() -> None:
+    module = page()["Cured"](experts=3, width=4)
+    variables = module.init(jax.random.key(0), X, CHOSEN)
+    assert page()["leaked"](variables) == []
+    kernel_EDF = variables["params"]["kernel"]
+    expected_MF = jnp.stack([x_D @ kernel_EDF[e] for x_D, e in zip(X, CHOSEN, strict=True)])
+    np.testing.assert_allclose(module.apply(variables, X, CHOSEN), expected_MF, rtol=1e-6)
+
+
+def test_a_module_s_call_lies_outside_of_control_flow_even_under_transforms() -> None:
+    module, variables = Mixtral(CONFIG), initial()
+
+    def step(total: jax.Array, ids_T: jax.Array) -> tuple[jax.Array, jax.Array]:
+        logits_TV = module.apply(variables, ids_T[None]).logits[0]
+        return total + logits_TV.sum(), logits_TV
+
+    _, logits_BTV = jax.jit(lambda: jax.lax.scan(step, jnp.zeros(()), IDS))()
+    plain_BTV = jax.jit(module.apply)(variables, IDS).logits
+    np.testing.assert_allclose(logits_BTV, plain_BTV, atol=1e-6)
