@@ -228,6 +228,19 @@ class View(Mapping[str, NDArray[Any]]):
             start += piece.size
         return whole
 
+    def part(self, name: str, index: tuple[slice, ...]) -> NDArray[Any]:
+        """Give a slice of a tensor of the flax layout; of a stacked one, only the experts in the slice are read.
+
+        Args:
+            name: the tensor.
+            index: one slice per axis.
+        """
+        regions = self.specs[name].regions
+        if self.checkpoint.contents.specs.get(name) == self.specs[name] or len(regions) == 1:
+            return self[name][index]
+        assert len(regions) == self.shape(name)[0], f"{name} is not stacked along its first axis"
+        return np.stack([self._piece(region)[index[1:]] for region in regions[index[0]]])
+
     def __iter__(self) -> Iterator[str]:
         return iter(self.specs)
 

@@ -13,7 +13,24 @@ Imports the standard library only.
 
 from flax_mixtral.config import MixtralConfig
 
-__all__ = ["axis_sizes"]
+__all__ = ["MESH_AXES", "TOKEN_AXES", "axis_sizes"]
+
+MESH_AXES: dict[str, tuple[str, ...]] = {
+    "E": ("expert",),
+    "D": ("fsdp", "expert"),
+    "F": ("tensor",),
+    "N": ("tensor",),
+    "K": ("tensor",),
+    "V": ("tensor",),
+}
+"""The axes of a device mesh that each axis of a parameter is cut along, where the mesh has them.
+
+A mesh axis cuts one axis of a parameter only, the first in its row: D is cut along "expert" where there is no E. Only
+tokens are cut along "data".
+"""
+
+TOKEN_AXES = ("data", "fsdp")
+"""The axes of a device mesh that rows of a batch are cut along."""
 
 
 def axis_sizes(config: MixtralConfig) -> dict[str, int]:

@@ -67,19 +67,30 @@ class _Pretrained(nnx.Module):
         self.config = config
 
     @classmethod
-    def from_pretrained(cls, path: str | Path, *, dtype: jnp.dtype | None = None, experts: Choice = "auto") -> Self:
+    def from_pretrained(
+        cls,
+        path: str | Path,
+        *,
+        dtype: jnp.dtype | None = None,
+        mesh: jax.sharding.Mesh | None = None,
+        experts: Choice = "auto",
+    ) -> Self:
         """Read a checkpoint directory.
 
         Args:
             path: what mixtral-convert wrote, or a Hugging Face Mixtral checkpoint, which is then mapped in memory.
             dtype: of all parameters; None keeps the file's, which must then be one.
-            experts: the backend, see `experts.choose_backend`.
+            mesh: devices to spread the parameters over, see `sharding.partition_specs`; a process reads what its own
+                devices hold, once. Call the model within `jax.set_mesh(mesh)`.
+            experts: the backend, see `experts.choose_backend`; on a mesh, "auto" is "parallel".
 
         Raises:
-            ConfigError: config.json cannot be honoured, or is for another head.
+            ConfigError: config.json cannot be honoured, is for another head, or does not fit the mesh.
             convert.BadInput: tensors are missing, unexpected, misshaped or unreadable.
         """
-        return pretrained.load(lambda config, rngs: cls(config, rngs=rngs, experts=experts), path, dtype)
+        if mesh is not None and experts == "auto":
+            experts = "parallel"
+        return pretrained.load(lambda config, rngs: cls(config, rngs=rngs, experts=experts), path, dtype, mesh)
 
     def save_pretrained(self, path: str | Path) -> None:
         """Write config.json and flax_model.safetensors, as mixtral-convert does."""

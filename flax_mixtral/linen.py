@@ -8,7 +8,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import linen, nnx, traverse_util
+from flax import linen, nnx
+from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.typing import ArrayLike
 
 from flax_mixtral import heads
@@ -47,7 +48,7 @@ class Mixtral(linen.Module):
         graphdef, abstract = nnx.split(nnx.eval_shape(lambda: self._build(jax.random.key(0))))
         initial = nnx.state(self._build(self.make_rng("params"))) if self.is_initializing() else abstract
         params = {name: self.param(name, _give(tree)) for name, tree in _nested(initial).items()}
-        filled = traverse_util.flatten_dict(params)
+        filled = flatten_dict(params)  # type: ignore[no-untyped-call]  # Flax's own, without annotations
         leaves = [(path, leaf.replace(filled[_names(path)])) for path, leaf in nnx.to_flat_state(abstract)]
         model = nnx.merge(graphdef, nnx.from_flat_state(leaves))
         output: heads.MixtralOutput = model(input_ids, attention_mask, position_ids, cache, key)
@@ -58,9 +59,9 @@ class Mixtral(linen.Module):
         return model(self.config, dtype=self.dtype, rngs=nnx.Rngs(key), experts=self.experts)
 
 
-def _nested(state: nnx.State) -> Tree:
+def _nested(state: nnx.State[Any, Any]) -> Tree:
     flat = {_names(path): leaf.get_value() for path, leaf in nnx.to_flat_state(state)}
-    tree: Tree = traverse_util.unflatten_dict(flat)
+    tree: Tree = unflatten_dict(flat)  # type: ignore[no-untyped-call]  # as above
     return tree
 
 

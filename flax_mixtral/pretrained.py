@@ -5,15 +5,18 @@ neutral modules.
 """
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
 from flax_mixtral.arrays import Mould, arrays_of
 from flax_mixtral.config import MixtralConfig
+from flax_mixtral.sharding import partition_specs, placed
 
 __all__ = ["load", "save"]
 
@@ -21,7 +24,7 @@ Built = TypeVar("Built", bound=nnx.Module)
 Build = Callable[[MixtralConfig, nnx.Rngs], Built]
 
 
-def load(build: Build[Built], path: str | Path, dtype: jnp.dtype | None) -> Built:
+def load(build: Build[Built], path: str | Path, dtype: jnp.dtype | None, mesh: jax.sharding.Mesh | None) -> Built:
     """Build a model from a checkpoint directory; see `heads.Mixtral.from_pretrained`."""
     from convert import BadInput, Checkpoint
 
@@ -30,7 +33,14 @@ def load(build: Build[Built], path: str | Path, dtype: jnp.dtype | None) -> Buil
     found = sorted({str(view.dtype(name)) for name in view})
     if dtype is None and len(found) > 1:
         raise BadInput(f"{path} holds parameters of {' and '.join(found)}; name one for all with dtype=")
-    arrays = {name: jnp.asarray(view[name], dtype) for name in view}
+    if mesh is None:
+        arrays = {name: jnp.asarray(view[name], dtype) for name in view}
+    else:
+        specs = partition_specs(checkpoint.config, mesh)
+        arrays = {
+            name: placed(view.shape(name), dtype or view.dtype(name), mesh, specs[name], partial(view.part, name))
+            for name in view
+        }
     return Mould(lambda rngs: build(checkpoint.config, rngs)).fill(arrays)
 
 

@@ -1,7 +1,7 @@
 """Backends that apply the routed experts, behind one function; no token is ever dropped.
 
-Each is a pure function of arrays, in a module of its own. `dense` and `ragged` want the kernels stacked along E,
-`blocks` one array per expert: XLA on a CPU copies an expert out of a stack before it multiplies with it.
+Each is a pure function of arrays, in a module of its own. `blocks` wants the kernels as one array per expert,
+since XLA on a CPU copies an expert out of a stack before it multiplies with it; the others want them stacked along E.
 """
 
 from typing import Literal, Protocol, get_args
@@ -12,6 +12,7 @@ from flax_mixtral.config import MixtralConfig
 from flax_mixtral.experts.blocks import block_experts
 from flax_mixtral.experts.dense import dense_experts
 from flax_mixtral.experts.one import ExpertTrace, Kernels, expert, weighted
+from flax_mixtral.experts.parallel import parallel_experts
 from flax_mixtral.experts.ragged import ragged_experts
 
 __all__ = [
@@ -26,8 +27,8 @@ __all__ = [
     "weighted",
 ]
 
-Backend = Literal["dense", "blocks", "ragged"]
-Choice = Literal["auto", "dense", "blocks", "ragged"]
+Backend = Literal["dense", "blocks", "ragged", "parallel"]
+Choice = Literal["auto", "dense", "blocks", "ragged", "parallel"]
 
 SMALL = 1 << 16
 """Elements of a kernel up to which masking is faster on a CPU than skipping, and many times faster to compile."""
@@ -42,7 +43,12 @@ class Apply(Protocol):
         """See `apply_experts`."""
 
 
-BACKENDS: dict[Backend, Apply] = {"dense": dense_experts, "blocks": block_experts, "ragged": ragged_experts}
+BACKENDS: dict[Backend, Apply] = {
+    "dense": dense_experts,
+    "blocks": block_experts,
+    "ragged": ragged_experts,
+    "parallel": parallel_experts,
+}
 
 
 def choose_backend(choice: Choice, config: MixtralConfig) -> Backend:
@@ -50,6 +56,7 @@ def choose_backend(choice: Choice, config: MixtralConfig) -> Backend:
 
     Args:
         choice: a backend, or "auto": by the platform that JAX runs on, and by the size of an expert.
+            `from_pretrained` on a mesh takes "parallel".
         config: gives that size.
 
     Raises:

@@ -5,13 +5,20 @@ import jax.numpy as jnp
 
 from flax_mixtral.experts.one import Kernels, expert, weighted
 
-__all__ = ["dense_experts"]
+__all__ = ["dense_experts", "masked_sum"]
 
 
 def dense_experts(
     x_MD: jax.Array, weights_MA: jax.Array, ids_MA: jax.Array, kernels: Kernels, hidden_act: str
 ) -> jax.Array:
     """Apply the experts; see `apply_experts`. The kernels are stacked."""
+    return masked_sum(x_MD, weights_MA, ids_MA, kernels, hidden_act).astype(x_MD.dtype)
+
+
+def masked_sum(
+    x_MD: jax.Array, weights_MA: jax.Array, ids_MA: jax.Array, kernels: Kernels, hidden_act: str
+) -> jax.Array:
+    """Sum the weighted outputs in the weights' dtype; an id that is no expert's here has no part in it."""
 
     def add_expert(sum_MD: jax.Array, row: tuple[jax.Array, ...]) -> tuple[jax.Array, None]:
         number, *kernel = row
@@ -25,4 +32,4 @@ def dense_experts(
     numbers_E = jnp.arange(len(kernels.gate))
     start_MD = jnp.zeros_like(x_MD, weights_MA.dtype)  # like x, so that under shard_map it varies as x does
     sum_MD, _ = jax.lax.scan(add_expert, start_MD, (numbers_E, *map(jnp.asarray, kernels)))
-    return sum_MD.astype(x_MD.dtype)
+    return sum_MD

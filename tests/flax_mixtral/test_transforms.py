@@ -36,7 +36,7 @@ CONFIG = MixtralConfig(
     router_jitter_noise=0.1,
     router_aux_loss_coef=0.0,
 )
-IDS = np.arange(14).reshape(2, 7) * 3 % 31
+IDS = jnp.arange(14).reshape(2, 7) * 3 % 31
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class Plain:
 def plain(dtype: Precision) -> Plain:
     model, other = (cast(drawn(CONFIG, seed), dtype) for seed in (0, 1))
     arrays = {path: np.asarray(array) for path, array in arrays_of(model).items()}
-    batch = Batch("plain", IDS)
+    batch = Batch("plain", np.asarray(IDS))
     oracle = Oracle(CONFIG, Checkpoint.of_arrays(CONFIG, arrays).view("hf-legacy"))
     x_BTD = oracle.embed(batch)
     for layer in range(CONFIG.num_hidden_layers):
@@ -95,8 +95,8 @@ def by_path(gradients: Any) -> dict[str, Array]:
 def assert_within_noise(plain: Array, found: Array, exact: Array, dtype: Precision) -> None:
     """Hold a result to the harness's rule: as close to the exact answer as the plain one, but for its limit."""
     assert found.shape == plain.shape
-    rows = [array.reshape(-1, array.shape[-1]) for array in (plain, found, exact)]
-    found_margin = margin(*rows, UNIT_ROUNDOFF[dtype])
+    plain_RC, found_RC, exact_RC = (array.reshape(-1, array.shape[-1]) for array in (plain, found, exact))
+    found_margin = margin(plain_RC, found_RC, exact_RC, UNIT_ROUNDOFF[dtype])
     assert found_margin.value <= MARGIN_LIMIT[dtype], found_margin
 
 
@@ -129,7 +129,7 @@ def test_gradients_are_the_plain_ones(transform: str, dtype: Precision) -> None:
 def test_it_traces_to_the_same_shapes_and_dtypes(transform: str, experts: Choice, dtype: Precision) -> None:
     """Costs no compilation: so much of every row in bfloat16, and in tree mode, is in the default run."""
     model = cast(drawn(CONFIG, experts=experts), dtype)
-    found = jax.eval_shape((LOGITS | GRADIENTS)[transform], model, model, jnp.asarray(IDS))
+    found = jax.eval_shape((LOGITS | GRADIENTS)[transform], model, model, IDS)
     if transform in LOGITS:
         assert (found.shape, found.dtype) == ((*IDS.shape, CONFIG.vocab_size), dtype)
     else:
@@ -148,7 +148,7 @@ def test_skipping_experts_gives_the_same(transform: str) -> None:
 @DTYPES
 def test_op_by_op_is_what_jit_gives(dtype: Precision) -> None:
     p = plain(dtype)
-    assert_within_noise(p.logits, np.asarray(logits(p.model, jnp.asarray(IDS))), p.exact_logits, dtype)
+    assert_within_noise(p.logits, np.asarray(logits(p.model, IDS)), p.exact_logits, dtype)
 
 
 def test_eval_shape_builds_no_array() -> None:

@@ -295,7 +295,8 @@ def _plus_one(model: Mixtral, ids_BT: jax.Array) -> jax.Array:
 
 def _start(model: Mixtral, ids_BT: jax.Array) -> tuple[jax.Array, Context]:
     x_BTD = model.model.embed_tokens(ids_BT)
-    return x_BTD, context_of(model.config, ids_BT.shape, None, None, x_BTD.dtype)
+    B, T = ids_BT.shape
+    return x_BTD, context_of(model.config, (B, T), None, None, x_BTD.dtype)
 
 
 def _end(model: Mixtral, ids_BT: jax.Array, x_BTD: jax.Array) -> jax.Array:
@@ -311,7 +312,8 @@ def _looped(while_loop: Any, model: Mixtral, ids_BT: jax.Array) -> jax.Array:
 
 
 def _empty_cache(model: Mixtral, ids_BT: jax.Array) -> KVCache:
-    return init_cache(model.config, *ids_BT.shape, model.model.embed_tokens.embedding[...].dtype)
+    B, T = ids_BT.shape
+    return init_cache(model.config, B, T, model.model.embed_tokens.embedding[...].dtype)
 
 
 def _one_token(model: Mixtral, cache: KVCache, ids_B1: jax.Array) -> tuple[KVCache, jax.Array]:

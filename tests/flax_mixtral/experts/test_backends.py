@@ -1,5 +1,6 @@
 """The backends of the experts: against a loop in NumPy float64, against each other, and under transforms."""
 
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -7,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType
 
 from flax_mixtral.config import MixtralConfig
 from flax_mixtral.experts import BACKENDS, Backend, Kernels, apply_experts, blocks, choose_backend
@@ -33,6 +35,13 @@ def given(M: int, dtype: Any = jnp.float32) -> Given:
 def held(kernels: Kernels, backend: Backend) -> Kernels:
     """Give stacked kernels as a backend wants them."""
     return Kernels(*map(tuple, kernels)) if backend == "blocks" else kernels
+
+
+@pytest.fixture(autouse=True)
+def _mesh() -> Iterator[None]:
+    """Set a mesh of one device, for `parallel`; see test_mesh.py for more of them."""
+    with jax.set_mesh(jax.make_mesh((1,), ("expert",), axis_types=(AxisType.Auto,))):
+        yield
 
 
 @partial(jax.jit, static_argnames="backend")

@@ -1,0 +1,87 @@
+"""Parameters on a device mesh: which axis is cut along which mesh axis, and reading each device's part alone."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+import numpy.typing as npt
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from flax_mixtral.axes import MESH_AXES, TOKEN_AXES
+from flax_mixtral.config import ConfigError, MixtralConfig
+from flax_mixtral.tree import slots
+
+__all__ = ["batch_spec", "partition_specs", "placed"]
+
+Part = npt.NDArray[Any]
+Index = tuple[slice, ...]
+
+
+def partition_specs(config: MixtralConfig, mesh: Mesh | jax.sharding.AbstractMesh) -> dict[str, PartitionSpec]:
+    """Say how every parameter is cut, from its axis letters and `MESH_AXES`.
+
+    Args:
+        config: the model.
+        mesh: any of the axes "data", "fsdp", "expert" and "tensor".
+
+    Returns:
+        One spec for each leaf of `tree`. Leaves of a single axis stay whole: they are small.
+
+    Raises:
+        ConfigError: the mesh has an unknown axis, or one that does not divide an axis it is to cut.
+    """
+    known = {*TOKEN_AXES, *(name for names in MESH_AXES.values() for name in names)}
+    problems = [f'mesh axis "{name}": expected one of {", ".join(sorted(known))}' for name in {*mesh.shape} - known]
+    specs = {}
+    for slot in slots(config):
+        cuts = _cuts(slot.leaf.axes.split(), mesh)
+        specs[slot.path] = PartitionSpec(*(names or None for names in cuts.values()))
+        for size, (axis, names) in zip(slot.shape, cuts.items(), strict=True):
+            parts = math.prod(mesh.shape[name] for name in names)
+            if size % parts:
+                problems.append(f"{slot.path}: axis {axis} of size {size} does not divide into {parts} parts")
+    if problems:
+        raise ConfigError("\n".join(["the model does not fit the mesh:", *(f"  - {problem}" for problem in problems)]))
+    return specs
+
+
+def _cuts(axes: list[str], mesh: Mesh | jax.sharding.AbstractMesh) -> dict[str, tuple[str, ...]]:
+    """Give the mesh axes that each axis of one parameter is cut along."""
+    if len(axes) == 1:
+        return {axes[0]: ()}
+    free, cuts = set(mesh.shape), dict[str, tuple[str, ...]]()
+    for axis in sorted(axes, key=lambda axis: len(MESH_AXES.get(axis, ()))):  # E takes "expert" before D does
+        cuts[axis] = tuple(name for name in MESH_AXES.get(axis, ()) if name in free)
+        free -= set(cuts[axis])
+    return {axis: cuts[axis] for axis in axes}
+
+
+def batch_spec(mesh: Mesh | jax.sharding.AbstractMesh) -> PartitionSpec:
+    """Say how a batch's rows are cut: along "data" and "fsdp"."""
+    return PartitionSpec(tuple(name for name in TOKEN_AXES if name in mesh.shape))
+
+
+def placed(
+    shape: tuple[int, ...], dtype: npt.DTypeLike, mesh: Mesh, spec: PartitionSpec, read: Callable[[Index], Part]
+) -> jax.Array:
+    """Make an array on a mesh of which this process reads what its own devices hold.
+
+    Args:
+        shape: of the whole array.
+        dtype: what the parts are cast to.
+        mesh: the devices, of this process and of others.
+        spec: how the array is cut.
+        read: gives a part; called once for each, however many devices hold it.
+    """
+    parts: dict[str, Part] = {}
+
+    def part(index: Index | None) -> Part:
+        assert index is not None, "only an array of no dimensions has no index"
+        key = str(index)
+        if key not in parts:
+            parts[key] = np.ascontiguousarray(read(index), dtype)
+        return parts[key]
+
+    return jax.make_array_from_callback(shape, NamedSharding(mesh, spec), part, dtype=np.dtype(dtype))

@@ -1,0 +1,213 @@
+"""The model on meshes of eight simulated devices against the same model on one.
+
+`test_eight_devices_agree_with_one` runs this file's multidevice tests in a process that has eight devices.
+"""
+
+import os
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from numpy.typing import NDArray
+
+from convert import Checkpoint
+from convert.checkpoint import View
+from flax_mixtral import ConfigError, Mixtral, MixtralConfig, causal_lm_loss
+from flax_mixtral.arrays import arrays_of
+from flax_mixtral.sharding import batch_spec, partition_specs
+from parity.gradients import training_labels
+from parity.metrics import UNIT_ROUNDOFF, Precision, margin
+from parity.oracle import Oracle
+from parity.trace import Array, Batch
+from parity.verdict import MARGIN_LIMIT
+from tests.checkpoints import write_checkpoint
+
+SIZES: dict[str, Any] = {
+    "vocab_size": 88,
+    "hidden_size": 48,
+    "intermediate_size": 40,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 8,
+    "head_dim": 6,
+    "num_local_experts": 24,
+    "num_hidden_layers": 2,
+    "router_aux_loss_coef": 0.0,
+}
+MESHES: dict[str, dict[str, int]] = {
+    "8x1 data": {"data": 8, "tensor": 1},
+    "8x1 expert": {"expert": 8, "tensor": 1},
+    "1x8 tensor": {"expert": 1, "tensor": 8},
+    "2x4": {"expert": 2, "tensor": 4},
+    "4x2 fsdp": {"fsdp": 4, "expert": 2},
+    "2x2x2": {"fsdp": 2, "expert": 2, "tensor": 2},
+    "2x2x2 data": {"data": 2, "expert": 2, "tensor": 2},
+}
+IDS = np.random.default_rng(3).integers(0, 88, (8, 5))
+
+
+def mesh_of(name: str, kind: AxisType = AxisType.Auto) -> jax.sharding.Mesh:
+    sizes = MESHES[name]
+    return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=(kind,) * len(sizes))
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("mesh") / "hf"
+    write_checkpoint(path, **SIZES)
+    return path
+
+
+def run(model: Mixtral, ids_BT: jax.Array) -> tuple[jax.Array, Any]:
+    """Give the logits and the gradient of the loss by every parameter."""
+
+    def loss(model: Mixtral) -> tuple[jax.Array, jax.Array]:
+        logits_BTV = model(ids_BT).logits
+        assert logits_BTV is not None
+        return causal_lm_loss(logits_BTV, ids_BT), logits_BTV
+
+    gradients, logits_BTV = jax.grad(loss, has_aux=True)(model)
+    return logits_BTV, nnx.state(gradients)
+
+
+@cache
+def on_one(path: Path, dtype: Precision) -> tuple[Array, dict[str, Array], Array, dict[str, Array]]:
+    """Give logits and gradients of one device, and the exact ones."""
+    model = Mixtral.from_pretrained(path, dtype=jnp.dtype(dtype), experts="dense")
+    logits_BTV, gradients = jax.jit(run)(model, jnp.asarray(IDS))
+    arrays = {path: np.asarray(array) for path, array in arrays_of(model).items()}
+    oracle = Oracle(model.config, Checkpoint.of_arrays(model.config, arrays).view("hf-legacy"))
+    batch = Batch("plain", IDS)
+    x_BTD = oracle.embed(batch)
+    for layer in range(model.config.num_hidden_layers):
+        x_BTD = oracle.block(layer, x_BTD, batch)["resid_out"]
+    exact = oracle.gradients(batch, training_labels(batch))
+    by_leaf = Checkpoint.of_arrays(model.config, exact.parameters).view("flax")
+    return np.asarray(logits_BTV), by_path(gradients), oracle.head(x_BTD, batch)["logits"], dict(by_leaf)
+
+
+def by_path(gradients: Any) -> dict[str, Array]:
+    return {".".join(map(str, path)): np.asarray(leaf[...]) for path, leaf in nnx.to_flat_state(gradients)}
+
+
+def worst_margin(plain: Array, found: Array, exact: Array, dtype: Precision) -> float:
+    rows = [array.reshape(-1, array.shape[-1]) for array in (plain, found, exact)]
+    return margin(rows[0], rows[1], rows[2], UNIT_ROUNDOFF[dtype]).value
+
+
+@pytest.mark.multidevice
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+@pytest.mark.parametrize("name", MESHES)
+def test_logits_and_gradients_are_those_of_one_device(checkpoint: Path, name: str, kind: AxisType) -> None:
+    mesh = mesh_of(name, kind)
+    with jax.set_mesh(mesh):
+        model = Mixtral.from_pretrained(checkpoint, mesh=mesh)
+        ids_BT = jax.device_put(jnp.asarray(IDS), NamedSharding(mesh, batch_spec(mesh)))
+        step: Any = run
+        if kind == AxisType.Explicit:
+            specs = jax.tree.map(lambda leaf: leaf.sharding.spec, nnx.state(model))
+            step = jax.sharding.auto_axes(run, out_sharding=(batch_spec(mesh), specs))
+        logits_BTV, gradients = jax.jit(step)(model, ids_BT)
+    plain_BTV, plain, exact_BTV, exact = on_one(checkpoint, "float32")
+    margins = {"logits": worst_margin(plain_BTV, np.asarray(logits_BTV), exact_BTV, "float32")}
+    margins |= {path: worst_margin(plain[path], g, exact[path], "float32") for path, g in by_path(gradients).items()}
+    assert margins.keys() == {"logits", *plain}
+    assert max(margins.values()) <= MARGIN_LIMIT["float32"], margins
+
+
+@pytest.mark.multidevice
+@pytest.mark.parametrize("layout", ["hf-legacy", "hf-fused"])
+@pytest.mark.parametrize("name", MESHES)
+def test_each_byte_is_read_once_and_each_device_holds_its_share(
+    name: str, layout: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_checkpoint(tmp_path / "hf", layout=layout, **SIZES)
+    bytes_read = 0
+    read = View.part
+
+    def counted(view: View, name: str, index: tuple[slice, ...]) -> NDArray[Any]:
+        nonlocal bytes_read
+        part = read(view, name, index)
+        bytes_read += part.nbytes
+        return part
+
+    monkeypatch.setattr(View, "part", counted)
+    mesh = mesh_of(name)
+    arrays = arrays_of(Mixtral.from_pretrained(tmp_path / "hf", mesh=mesh))
+    total = sum(array.nbytes for array in arrays.values())
+    assert bytes_read == total  # this process has every device
+    held = [0] * 8
+    for array in arrays.values():
+        for shard in array.addressable_shards:
+            held[shard.device.id] += shard.data.nbytes
+    assert held == [sum(array.nbytes // cuts(path, MESHES[name]) for path, array in arrays.items())] * 8
+
+
+def cuts(path: str, sizes: dict[str, int]) -> int:
+    """Say in how many parts a leaf is: norms are whole, a router lacks an axis for tensor, nothing is cut by data."""
+    if path.endswith("norm.scale"):
+        return 1
+    whole = sizes.get("data", 1) * (sizes.get("tensor", 1) if "router" in path else 1)
+    return 8 // whole
+
+
+@pytest.mark.multidevice
+def test_parts_are_those_of_the_whole(checkpoint: Path) -> None:
+    view = Checkpoint.open(checkpoint).view("flax")
+    for name, array in arrays_of(Mixtral.from_pretrained(checkpoint, mesh=mesh_of("2x2x2"))).items():
+        np.testing.assert_array_equal(array, view[name], name)
+
+
+@pytest.mark.multidevice
+def test_bfloat16_logits_are_within_noise(checkpoint: Path) -> None:
+    mesh = mesh_of("2x2x2")
+    with jax.set_mesh(mesh):
+        model = Mixtral.from_pretrained(checkpoint, mesh=mesh, dtype=jnp.bfloat16)
+        logits_BTV = jax.jit(run)(model, jnp.asarray(IDS))[0]
+    plain_BTV, _, exact_BTV, _ = on_one(checkpoint, "bfloat16")
+    assert worst_margin(plain_BTV, np.asarray(logits_BTV), exact_BTV, "bfloat16") <= MARGIN_LIMIT["bfloat16"]
+
+
+# --- what needs one device only -------------------------------------------------------------------------------------
+
+
+def test_eight_devices_agree_with_one() -> None:
+    """Two meshes in the default run; `pytest -m multidevice` with the flags below runs them all."""
+    environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "multidevice", __file__]
+    command += ["-k", "2x2x2-AxisType.Auto or 2x2x2-hf-legacy"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "2 passed" in done.stdout
+
+
+def test_specs_follow_the_axis_letters() -> None:
+    mesh = jax.sharding.AbstractMesh((2, 2, 2), ("fsdp", "expert", "tensor"), (AxisType.Auto,) * 3)
+    specs = partition_specs(MixtralConfig(**SIZES), mesh)
+    assert specs["model.layers.1.moe.experts.down"] == PartitionSpec("expert", "tensor", "fsdp")
+    assert specs["model.layers.0.attention.o.kernel"] == PartitionSpec("tensor", None, ("fsdp", "expert"))
+    assert specs["model.layers.0.moe.router.kernel"] == PartitionSpec("fsdp", "expert")
+    assert specs["model.embed_tokens.embedding"] == PartitionSpec("tensor", ("fsdp", "expert"))
+    assert specs["model.final_norm.scale"] == PartitionSpec(None)
+
+
+def test_a_mesh_that_does_not_fit_is_refused_with_every_reason() -> None:
+    mesh = jax.sharding.AbstractMesh((7, 2), ("expert", "model"), (AxisType.Auto,) * 2)
+    with pytest.raises(ConfigError, match="does not fit the mesh") as refused:
+        partition_specs(MixtralConfig(**SIZES), mesh)
+    assert 'mesh axis "model": expected one of data, expert, fsdp, tensor' in str(refused.value)
+    assert "moe.experts.up: axis E of size 24 does not divide into 7 parts" in str(refused.value)
+
+
+def test_parallel_experts_need_a_mesh(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path / "hf", **SIZES)
+    model = Mixtral.from_pretrained(tmp_path / "hf", experts="parallel")
+    with pytest.raises(ValueError, match=r"call the model within `with jax\.set_mesh"):
+        jax.eval_shape(model, IDS)
