@@ -3,7 +3,10 @@
 `test_eight_devices_agree_with_one` runs this file's multidevice tests in a process that has eight devices.
 """
 
+import json
+import math
 import os
+import socket
 import subprocess
 import sys
 from functools import cache
@@ -150,12 +153,12 @@ def test_each_byte_is_read_once_and_each_device_holds_its_share(
     assert held == [sum(array.nbytes // cuts(path, MESHES[name]) for path, array in arrays.items())] * 8
 
 
-def cuts(path: str, sizes: dict[str, int]) -> int:
+def cuts(path: str, sizes: dict[str, int], devices: int = 8) -> int:
     """Say in how many parts a leaf is: norms are whole, a router lacks an axis for tensor, nothing is cut by data."""
     if path.endswith("norm.scale"):
         return 1
     whole = sizes.get("data", 1) * (sizes.get("tensor", 1) if "router" in path else 1)
-    return 8 // whole
+    return devices // whole
 
 
 @pytest.mark.multidevice
@@ -173,6 +176,32 @@ def test_bfloat16_logits_are_within_noise(checkpoint: Path) -> None:
         logits_BTV = jax.jit(run)(model, jnp.asarray(IDS))[0]
     plain_BTV, _, exact_BTV, _ = on_one(checkpoint, "bfloat16")
     assert worst_margin(plain_BTV, np.asarray(logits_BTV), exact_BTV, "bfloat16") <= MARGIN_LIMIT["bfloat16"]
+
+
+@pytest.mark.multidevice
+@pytest.mark.parametrize("cuts_text", ["expert=2", "expert=2,tensor=2", "fsdp=2,expert=2"])
+def test_processes_read_their_own_bytes_and_give_the_logits_of_one(checkpoint: Path, cuts_text: str) -> None:
+    sizes = {name: int(size) for name, size in (part.split("=") for part in cuts_text.split(","))}
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        coordinator = f"localhost:{probe.getsockname()[1]}"
+    command = [sys.executable, "-m", "tests.flax_mixtral.mesh_worker", str(checkpoint), coordinator]
+    count = math.prod(sizes.values())
+    environment = {**os.environ, "XLA_FLAGS": ""}
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "text": True, "env": environment}
+    workers = [subprocess.Popen([*command, str(number), cuts_text], **pipes) for number in range(count)]
+    try:
+        printed = [worker.communicate(timeout=200)[0] for worker in workers]
+    finally:
+        for worker in workers:
+            worker.kill()
+    found = [json.loads(next(line for line in text.splitlines() if line.startswith("{"))) for text in printed]
+    view = Checkpoint.open(checkpoint).view("flax")
+    own = sum(array.nbytes // cuts(path, sizes, count) for path, array in view.items())
+    assert [(one["read"], one["held"]) for one in found] == [(own, own)] * count
+    plain_BTV, _, exact_BTV, _ = on_one(checkpoint, "float32")
+    logits_BTV = np.array(found[0]["logits"], np.float32)
+    assert worst_margin(plain_BTV, logits_BTV, exact_BTV, "float32") <= MARGIN_LIMIT["float32"]
 
 
 # --- what needs one device only -------------------------------------------------------------------------------------
