@@ -32,7 +32,7 @@ def main(checkpoint: str, coordinator: str, process: int, cuts: str) -> None:
         bytes_read += part.nbytes
         return part
 
-    View.part = counted  # type: ignore[method-assign]  # in this process only, which ends here
+    View.part = counted  # type: ignore[assignment, method-assign]  # in this process only, which ends here
     mesh = jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes))
     with jax.set_mesh(mesh):
         model = Mixtral.from_pretrained(checkpoint, mesh=mesh)
