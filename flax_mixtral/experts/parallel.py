@@ -1,7 +1,8 @@
 """Experts spread over the devices of a mesh: each applies its own to the tokens it sees, and the sums are added up.
 
 Tokens stay where they are, so none is ever dropped, however uneven the routing: every device of a row of the mesh's
-"expert" and "tensor" axes sees the same tokens, and one psum of [M, D] per block is all that is sent.
+"expert" and "tensor" axes sees the same tokens, and one psum of [M, D] per block is all that is sent. (Why not
+all_to_all: docs/decisions/0091.)
 """
 
 from typing import Any
