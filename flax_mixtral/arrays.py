@@ -27,7 +27,7 @@ class Mould(Generic[Built]):
         self._graphdef, state = nnx.split(nnx.eval_shape(lambda: build(nnx.Rngs(0))))
         self._leaves = nnx.to_flat_state(state)
 
-    def fill(self, arrays: Arrays, prefix: str = "", *, partial: bool = False) -> Built:
+    def fill(self, arrays: Arrays, prefix: str = "", *, partial: bool = False, alias: bool = False) -> Built:
         """Make a module whose parameters are the given arrays.
 
         Args:
@@ -35,6 +35,8 @@ class Mould(Generic[Built]):
                 every expert by itself takes its parts of the stacked array.
             prefix: stands before every path, as `model.layers.3.`.
             partial: leave a parameter without an array abstract (a shape and a dtype) instead of refusing.
+            alias: take NumPy's memory over where it begins on a cache line, instead of copying it; nobody may write to
+                it afterwards.
 
         Raises:
             ValueError: a parameter has no array, or one of another shape.
@@ -54,7 +56,8 @@ class Mould(Generic[Built]):
                 continue
             for path, leaf in rows:
                 part = array[path[-1]] if isinstance(path[-1], int) else array
-                leaves.append((path, leaf.replace(jnp.asarray(part))))
+                owned = jax.device_put(part, may_alias=True) if alias else jnp.asarray(part)
+                leaves.append((path, leaf.replace(owned)))
         if problems:
             listed = "\n".join(f"  - {problem}" for problem in problems)
             raise ValueError(f"the arrays do not fill the module:\n{listed}")

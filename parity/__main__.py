@@ -4,6 +4,8 @@ import sys
 
 import click
 
+from parity.commands.compare import compare
+from parity.commands.record import record
 from parity.commands.run import EXAMPLES, run
 from parity.commands.selftest import selftest
 
@@ -19,6 +21,8 @@ def cli() -> None:
 
 
 cli.add_command(run)
+cli.add_command(record)
+cli.add_command(compare)
 cli.add_command(selftest)
 
 

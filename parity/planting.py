@@ -152,6 +152,11 @@ class _PlantedSide(FlaxSide):
         self._fault.trace(trace, self._faulty, batch)
         return trace
 
+    def done(self, layer: int) -> None:
+        """See `Keeping.done`."""
+        super().done(layer)
+        self._faulty.done(layer)
+
     def operations(self, layer: int, x_BTD: Array, given: Trace, batch: Batch) -> Trace:
         """See `Operations.operations`."""
         if layer != self._layer or self._fault.place != "layer":

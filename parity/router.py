@@ -6,7 +6,7 @@ import numpy as np
 
 from parity.trace import Array, Batch, Trace
 
-__all__ = ["Flip", "LayerRouting", "compare_routing", "dense_weights"]
+__all__ = ["Flip", "LayerRouting", "comparable_ids", "compare_routing", "dense_weights", "rerouted"]
 
 EXCUSED_ERRORS = 4.0
 """A flip is rounding where the oracle's margin is within so many of the token's calibrated logit errors: 2 left 3 flips
@@ -72,7 +72,7 @@ def compare_routing(torch: Trace, flax: Trace, oracle: Trace, batch: Batch) -> L
         oracle: the exact `router_logits`.
         batch: says which tokens are real.
     """
-    torch_MA, flax_MA = np.sort(torch["router_ids"], axis=1), np.sort(flax["router_ids"], axis=1)
+    torch_MA, flax_MA = _by_number(torch), _by_number(flax)
     same_count = torch_MA.shape == flax_MA.shape
     exact_ME = oracle["router_logits"].astype(np.float64)
     torch_ME = torch["router_logits"].astype(np.float64)
@@ -80,7 +80,7 @@ def compare_routing(torch: Trace, flax: Trace, oracle: Trace, batch: Batch) -> L
     margin_M, error_M = _margins(exact_ME, torch_MA.shape[1]), np.abs(torch_ME - exact_ME).max(axis=1)
     calibrated_M = np.maximum(error_M, np.median(error_M[real])) if real.any() else error_M
     tie_M = _margins(torch_ME, torch_MA.shape[1]) == 0
-    differs_M = (torch_MA != flax_MA).any(axis=1) & real if same_count else real
+    differs_M = rerouted(torch, flax, batch)
     flips = tuple(
         Flip(
             int(m),
@@ -95,6 +95,30 @@ def compare_routing(torch: Trace, flax: Trace, oracle: Trace, batch: Batch) -> L
     load = np.bincount(torch_MA[real].reshape(-1), minlength=exact_ME.shape[1])
     least, median = (float(pick(margin_M[real])) if real.any() else float("nan") for pick in (np.min, np.median))
     return LayerRouting(int(real.sum()), flips, least, median, tuple(map(int, load)))
+
+
+def rerouted(torch: Trace, flax: Trace, batch: Batch) -> Array:
+    """Mark the real tokens that the sides send to different experts: [M] bool, none where a side does not say."""
+    if not comparable_ids(torch, flax):
+        return np.zeros(batch.input_ids.size, bool)
+    torch_MA, flax_MA = _by_number(torch), _by_number(flax)
+    if torch_MA.shape != flax_MA.shape:
+        return batch.real_M
+    differs_M: Array = (torch_MA != flax_MA).any(axis=1) & batch.real_M
+    return differs_M
+
+
+def comparable_ids(torch: Trace, flax: Trace) -> bool:
+    """Say whether both sides give a list of experts for each token."""
+    torch_MA, flax_MA = torch.arrays.get("router_ids"), flax.arrays.get("router_ids")
+    if torch_MA is None or flax_MA is None:
+        return False
+    return flax_MA.ndim == 2 and flax_MA.dtype.kind in "iu" and len(flax_MA) == len(torch_MA)
+
+
+def _by_number(trace: Trace) -> Array:
+    ids_MA: Array = np.sort(trace["router_ids"], axis=1)
+    return ids_MA
 
 
 def dense_weights(ids_MA: Array, weights_MA: Array | None, experts: int) -> Array | None:

@@ -1,44 +1,33 @@
 """One run from checkpoints to Result: open, compare weights, walk, run the models whole."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-
-import numpy as np
+from typing import Any
 
 from convert import BadInput, Checkpoint
 from flax_mixtral.config import MixtralConfig
 from parity.backward import compare_gradients
 from parity.cache_causes import cache_causes
-from parity.causes import Suspect, name_causes
-from parity.drift import Drift
-from parity.inputs import Suite, suite, texts, unexercised
+from parity.cast import ATTENTION, EXPERTS, flax_side, oracle_side, recorded_side, torch_side
+from parity.causes import name_causes
+from parity.comparison import Comparison, Parts
+from parity.detail import ALL
+from parity.inputs import Suite, suite, texts
+from parity.memory import too_large
 from parity.metrics import Precision
-from parity.oracle import Oracle
-from parity.points import head_points
-from parity.port import Port
+from parity.port import FlaxFactory, Port
 from parity.provenance import environment, provenance
+from parity.read_ahead import ReadAhead
+from parity.recording import Recording
 from parity.result import Result
-from parity.router import LayerRouting
-from parity.sides import Side, WholeModel
-from parity.sides.timed import Cost, Timed
-from parity.sides.torch_hf import Attention, Experts, TorchSide, whole_logits
+from parity.sides.timed import Timed
+from parity.steps import Progress, Steps
 from parity.tokens import Tokens, compare_tokens
-from parity.trace import Array, Batch
-from parity.verdict import Finding, Place, judge
-from parity.walk import RoutingKey, Sides, Walk
-from parity.weights import Difference, Rounded, compare_configs, compare_weights
+from parity.trace import Batch
+from parity.verdict import Finding
+from parity.weights import Difference, Rounded, compare_configs, compare_hashes, compare_weights
 
 __all__ = ["Progress", "run"]
-
-Progress = Callable[[str, int, int], None]
-"""Called with what is done now, how many steps are done, and how many there are."""
-
-WALKS: dict[Precision, tuple[Precision, ...]] = {"float32": ("float32",), "bfloat16": ("bfloat16", "float32")}
-"""The dtypes that a run walks in: what bfloat16's rounding hides, float32 on the same weights shows."""
-
-ATTENTION: Attention = "eager"
-EXPERTS: Experts = "grouped_mm"
-"""transformers' implementations that the torch side runs: the one whose softmax is written out, and the default."""
 
 SHAPES = (
     "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads head_dim "
@@ -56,6 +45,9 @@ def run(
     change: Callable[[Port], Port] | None = None,
     grad: bool = False,
     generate: int = 0,
+    layers: range | None = None,
+    reference: str | Path | None = None,
+    side: FlaxFactory | None = None,
     progress: Progress = lambda step, done, total: None,
 ) -> Result:
     """Compare Flax with PyTorch on one checkpoint, block by block.
@@ -70,6 +62,9 @@ def run(
         change: replaces what is tested, as a planted fault does.
         grad: compare the gradients of the training loss as well; this holds whole models in memory.
         generate: continue the prompts by so many greedy tokens as well; likewise.
+        layers: the blocks to compare; all, and the head, unless given. Torch runs those before them alone.
+        reference: torch's recording, in place of torch; inputs, dtype and layers are those that it was made with.
+        side: builds what is tested in place of flax_mixtral: any implementation of `Side`, whole or in part.
         progress: called before each step.
 
     Returns:
@@ -81,79 +76,112 @@ def run(
     """
     source = Checkpoint.open(src)
     target = source if flax is None else Checkpoint.open(flax)
-    port = Port(target.config, target.view("flax"))
+    port = Port(target.config, target.view("flax")) if side is None else Port(target.config, target.view("flax"), side)
     if change is not None:
         port = change(port)
     differences = _same_model(source.config, port.config, f"{src} and {flax or 'its changed port'}")
-    batches = suite(inputs, source.config, seed) if isinstance(inputs, str) else list(inputs)
-    compared = flax is not None or change is not None
-    steps = Steps(
-        progress, compared * len(port.weights) + len(WALKS[dtype]) * (source.config.num_hidden_layers + 3) + 1
+    torch = None if reference is None else _reference(reference, source, dtype)
+    batches = (
+        torch.batches if torch else suite(inputs, source.config, seed) if isinstance(inputs, str) else list(inputs)
     )
-    hashes: dict[str, str] = {}
-    if compared:
-        hashes, unequal = compare_weights(source.view("flax"), port.weights, steps.advance)
-        differences += unequal
-    findings: list[Finding] = []
-    drift: list[Drift] = []
-    routing: dict[RoutingKey, LayerRouting] = {}
-    cost: dict[str, Cost] = {}
-    suspect: Suspect | None = None
-    tokens: Tokens | None = None
-    for walk_dtype in WALKS[dtype]:
-        sides = _sides(source, port, dtype, walk_dtype)
-        walk = Walk(source.config, Sides(**sides), batches, dtype=walk_dtype, advance=steps.advance)
-        findings += walk.run()
-        routing |= walk.routing
-        drift += walk.drift
-        suspect = suspect or walk.suspect
-        steps.advance("whole models")
-        if walk_dtype == dtype and source.config.architecture != "MixtralModel":
-            findings += _whole(src, source.config, sides["flax"].side, walk)
+    compared = flax is not None or change is not None
+    leaves = (source.view("flax"), port.weights)
+    tokens: list[Tokens] = []
+
+    def parts(walk_dtype: Precision) -> Parts:
+        return {
+            "torch": recorded_side(torch, walk_dtype) if torch else torch_side(source, dtype, walk_dtype),
+            "flax": flax_side(port, dtype, walk_dtype),
+            "oracle": oracle_side(source, dtype, walk_dtype),
+        }
+
+    def not_whole(walk_dtype: Precision) -> dict[str, str]:
+        reason = too_large(source.config, walk_dtype)
+        live = {} if reason is None else dict.fromkeys(("torch", "flax"), reason)
+        if torch is None:
+            return live
+        recorded = {"torch": torch.manifest.whole[walk_dtype]} if walk_dtype in torch.manifest.whole else {}
+        return {part: why for part, why in live.items() if part != "torch"} | recorded
+
+    def after(sides: Mapping[str, Timed], walk_dtype: Precision) -> Iterable[Finding]:
+        own: Any = (sides["torch"], sides["flax"], sides["oracle"])
         for batch in batches if grad else ():
-            findings += compare_gradients(
+            yield from compare_gradients(
                 source.config, sides["torch"], sides["flax"], sides["oracle"], batch, walk_dtype
             )
-        if generate and (tokens is None or not tokens.failed):
-            tokens = compare_tokens(
-                source.config, (sides["torch"], sides["flax"], sides["oracle"]), batches, generate, walk_dtype
+        if generate and not (tokens and tokens[-1].failed):
+            tokens.append(compare_tokens(source.config, own, batches, generate, walk_dtype))
+            yield from tokens[-1].findings
+
+    hashed = len(leaves[0]) if compared or torch else 0
+    steps = Steps(progress, hashed + 1)
+    with ReadAhead([source.view("flax"), target.view("flax")]) as read_ahead:
+        comparison = Comparison(
+            config=source.config,
+            batches=batches,
+            dtype=dtype,
+            layers=_layers(layers, torch, source.config),
+            detail=torch.manifest.detail if torch else ALL,
+            parts=parts,
+            too_large=not_whole,
+            steps=steps,
+            read_ahead=read_ahead,
+            after=after,
+        )
+        steps.total += comparison.walks
+        hashes: dict[str, str] = {}
+        if hashed:
+            hashes, unequal = compare_weights(*leaves, steps.advance)
+            differences += unequal
+        if torch and (wrong := compare_hashes(torch.manifest.provenance["weights_sha256"], hashes)):
+            raise BadInput(
+                f"{src} is not what {reference} was recorded from: {len(wrong)} of {len(hashes)} weights have other "
+                f"bytes, {wrong[0].name} the first"
             )
-            findings += tokens.findings
-        for name, side in sides.items():
-            cost[name] = cost.get(name, Cost()) + side.cost
+        outcome = comparison.run()
     steps.advance("diagnosis")
     legacy = Rounded(source.view("hf-legacy"), dtype)
-    computed_with = Rounded(legacy, suspect.dtype if suspect else dtype)
-    leaves = (source.view("flax"), port.weights)
-    causes = name_causes(source.config, differences, leaves, findings, suspect, computed_with)
-    if not causes and tokens is not None:
-        causes = cache_causes(source.config, legacy, tokens)
+    computed_with = Rounded(source.view("hf-legacy"), dtype, outcome.suspect.dtype if outcome.suspect else dtype)
+    causes = name_causes(source.config, differences, leaves, outcome.findings, outcome.suspect, computed_with)
+    if not causes and tokens:
+        causes = cache_causes(source.config, legacy, tokens[-1])
     return Result(
         causes=causes,
-        findings=findings,
-        routing=routing,
-        drift=drift,
+        findings=outcome.findings,
+        routing=outcome.routing,
+        drift=outcome.drift,
         texts=texts(Path(src), batches),
         differences=differences,
-        weights_compared=len(hashes),
-        notes=unexercised(batches, source.config),
+        weights_compared=len(hashes) if compared else 0,
+        notes=comparison.notes(outcome),
         dtype=dtype,
         environment={**environment(), "torch_attention": ATTENTION, "torch_experts": EXPERTS},
         provenance=provenance(src, flax, batches, seed, hashes),
-        cost=cost,
+        cost=outcome.cost,
     )
 
 
-class Steps:
-    """Counts steps for a progress callback."""
+def _reference(path: str | Path, source: Checkpoint, dtype: Precision) -> Recording:
+    """Open torch's recording, and refuse one of another model or another run."""
+    recording = Recording.open(path)
+    if recording.manifest.side != "torch":
+        raise BadInput(f"{path} is a recording of {recording.manifest.side}; the reference must be one of torch")
+    if recording.manifest.dtype != dtype:
+        raise BadInput(f"{path} was recorded for a run in {recording.manifest.dtype}; this one is in {dtype}")
+    if wrong := compare_configs(recording.config, source.config):
+        lines = "\n".join(f"  - {d.name}: {d.reason}" for d in wrong)
+        raise BadInput(f"{path} and {source.path} are not the same model:\n{lines}")
+    return recording
 
-    def __init__(self, progress: Progress, total: int):
-        self._progress, self._total, self._done = progress, total, 0
 
-    def advance(self, step: str) -> None:
-        """Tell that a step begins."""
-        self._progress(step, self._done, self._total)
-        self._done += 1
+def _layers(asked: range | None, torch: Recording | None, config: MixtralConfig) -> range:
+    """Give the blocks to compare: those asked for, which must be there."""
+    there = torch.layers if torch else range(config.num_hidden_layers)
+    layers = there if asked is None else asked
+    if not (there.start <= layers.start < layers.stop <= there.stop):
+        held = "the recording holds" if torch else "the model has"
+        raise BadInput(f"layers {layers.start}:{layers.stop} are not there: {held} {there.start}:{there.stop}")
+    return layers
 
 
 def _same_model(torch: MixtralConfig, flax: MixtralConfig, which: str) -> list[Difference]:
@@ -163,46 +191,3 @@ def _same_model(torch: MixtralConfig, flax: MixtralConfig, which: str) -> list[D
         lines = "\n".join(f"  - {d.name}: {d.reason}" for d in other)
         raise BadInput(f"{which} are not the same model:\n{lines}")
     return differences
-
-
-def _sides(source: Checkpoint, port: Port, dtype: Precision, walk_dtype: Precision) -> dict[str, Timed]:
-    """Build the three sides on weights that are rounded to the run's dtype and computed with in the walk's."""
-
-    def rounded(weights: Mapping[str, Array]) -> Mapping[str, Array]:
-        return Rounded(Rounded(weights, dtype), walk_dtype)
-
-    torch = TorchSide(
-        source.config,
-        source.raw_config,
-        rounded(source.view("hf-fused")),
-        dtype=walk_dtype,
-        attention=ATTENTION,
-        experts=EXPERTS,
-    )
-    flax = port.side(port.config, rounded(port.weights))
-    return {
-        "torch": Timed(torch),
-        "flax": Timed(flax),
-        "oracle": Timed(Oracle(source.config, rounded(source.view("hf-legacy")))),
-    }
-
-
-def _whole(src: str | Path, config: MixtralConfig, flax: Side, walk: Walk) -> Iterator[Finding]:
-    """Hold both models as users run them against the walk: torch's against its own, Flax's against the oracle.
-
-    In bfloat16 the whole model routes freely, so that a benign flip changes its logits at will: it informs.
-    """
-    point = dict(head_points(config))["logits"]
-    by_token = point.axes.startswith("B T")
-    for stream in walk.streams:
-        batch, clean_M = stream.batch, stream.clean_M
-        clean_BT = clean_M.reshape(batch.input_ids.shape) | ~batch.real_BT
-        rows = clean_M if by_token else np.flatnonzero(clean_BT.all(axis=1))
-        walked, exact = stream.torch_logits, stream.oracle_logits
-        torch_logits = whole_logits(Path(src), batch, walk.dtype, ATTENTION, EXPERTS)
-        reference = Place(None, "reference", batch.name, walk.dtype)
-        real_M = batch.real_M if by_token else None
-        yield judge("logits", point, reference, walked, torch_logits, exact, rows=real_M)
-        flax_logits = flax.whole(batch) if isinstance(flax, WholeModel) else None
-        whole = Place(None, "whole", batch.name, walk.dtype, decides=walk.dtype != "bfloat16")
-        yield judge("logits", point, whole, walked, flax_logits, exact, rows=rows)

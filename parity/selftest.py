@@ -6,6 +6,7 @@ from typing import Any
 
 from convert import Checkpoint
 from flax_mixtral.config import MixtralConfig
+from parity.cast import ATTENTION, EXPERTS
 from parity.causes import name_causes
 from parity.controls import CONTROLS, Control
 from parity.faults import FAULTS
@@ -15,7 +16,6 @@ from parity.oracle import Oracle
 from parity.planting import Fault, planted
 from parity.port import Port
 from parity.result import Divergence, Result
-from parity.runner import ATTENTION, EXPERTS
 from parity.sides.remembering import Remembering
 from parity.sides.torch_hf import TorchSide
 from parity.trace import Batch

@@ -48,11 +48,13 @@ class Batch:
 class Trace:
     """The arrays of one block (or of the head) by point name.
 
-    `rows[e]` are the indices into M, ascending, of the tokens that `expert.{e}.*` hold.
+    `rows[e]` are the indices into M, ascending, of the tokens that `expert.{e}.*` hold. `thinned` says that points
+    are held of a sample of tokens alone (`parity.detail`).
     """
 
     arrays: dict[str, Array] = field(default_factory=dict)
     rows: dict[int, Array] = field(default_factory=dict)
+    thinned: bool = False
 
     def __getitem__(self, point: str) -> Array:
         return self.arrays[point]

@@ -101,6 +101,7 @@ def judge(
     exact: Array | None,
     *,
     rows: Array | None = None,
+    recorded_roundoff: float = 0.0,
 ) -> Finding:
     """Judge one point by the margin of Flax's error over torch's.
 
@@ -112,6 +113,7 @@ def judge(
         flax: Flax's array.
         exact: the oracle's array for the same input.
         rows: [R] bool or indices of the rows to compare (the real tokens); None for all.
+        recorded_roundoff: the unit roundoff that a recording was rounded to, where that is coarser than what it holds.
     """
     if (reason := _incomparable(torch, flax, exact)) is not None:
         return place.finding(name, *reason)
@@ -122,7 +124,7 @@ def judge(
     # A single operation rounds to the dtype of its result (the router's is float32 in every model); what a whole block
     # or model gives carries the roundings of the dtype that it computes in.
     rounds_to = torch.dtype.name if place.mode == "operation" else place.dtype
-    found = margin(torch_RC, flax_RC, exact_RC, UNIT_ROUNDOFF[rounds_to])
+    found = margin(torch_RC, flax_RC, exact_RC, max(UNIT_ROUNDOFF[rounds_to], recorded_roundoff))
     unequal = None
     reasons = []
     limit = MARGIN_LIMIT[place.dtype]

@@ -2,16 +2,18 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 
 from flax_mixtral.config import MixtralConfig
 from parity.causes import Suspect
+from parity.detail import ALL, Detail
 from parity.drift import Drift, compare_logits
 from parity.metrics import Precision
 from parity.points import POINTS, Point, block_points, head_points, operation_points
-from parity.router import LayerRouting, compare_routing, dense_weights
-from parity.sides import Operations, Side
+from parity.router import LayerRouting, comparable_ids, compare_routing, dense_weights, rerouted
+from parity.sides.offered import Offered
 from parity.trace import Array, Batch, Trace
 from parity.verdict import Finding, Mode, Place, judge, judge_equal
 
@@ -29,11 +31,11 @@ BEFORE_ROUTING = frozenset(point.name for point in POINTS[: POINTS.index(BY_NAME
 
 @dataclass(frozen=True, slots=True)
 class Sides:
-    """The three implementations of one comparison."""
+    """The three implementations of one comparison, each of `Side`, whole or in part (`Offered`)."""
 
-    torch: Side
-    flax: Side
-    oracle: Side
+    torch: Any
+    flax: Any
+    oracle: Any
 
 
 @dataclass(slots=True)
@@ -41,9 +43,9 @@ class Stream:
     """One batch on its way through the model."""
 
     batch: Batch
-    torch_BTD: Array
-    flax_BTD: Array
-    oracle_BTD: Array
+    torch_BTD: Array | None
+    flax_BTD: Array | None
+    oracle_BTD: Array | None
     flipped_M: Array
     """Tokens that any layer so far routed differently in the propagated stream."""
     router_logits: dict[str, list[Array]] = field(default_factory=lambda: {"torch": [], "flax": [], "oracle": []})
@@ -75,7 +77,10 @@ class Walk:
         sides: torch, Flax and the oracle on the same weights.
         batches: what they are fed.
         dtype: what torch and Flax compute in.
+        layers: the blocks to compare; every side enters the first of them with torch's stream.
+        detail: how much of torch's trace there is; the other sides are judged on as much.
         advance: called before each step with what it is, for a progress bar.
+        read_ahead: called with a layer before the one before it is run.
     """
 
     def __init__(
@@ -85,10 +90,16 @@ class Walk:
         batches: Sequence[Batch],
         *,
         dtype: Precision,
+        layers: range | None = None,
+        detail: Detail = ALL,
         advance: Advance = lambda step: None,
+        read_ahead: Callable[[int], None] = lambda layer: None,
     ):
         self.config = config
-        self.sides = sides
+        self.torch, self.flax, self.oracle = (Offered(side) for side in (sides.torch, sides.flax, sides.oracle))
+        self.layers = range(config.num_hidden_layers) if layers is None else layers
+        self.detail = detail
+        self.read_ahead = read_ahead
         self.batches = batches
         self.dtype = dtype
         self.advance = advance
@@ -99,54 +110,74 @@ class Walk:
 
     def run(self) -> Iterator[Finding]:
         """Walk the model from embedding to losses and give the findings in that order."""
-        self.advance("embedding")
+        self.read_ahead(self.layers.start)
         for batch in self.batches:
-            yield from self._embed(batch)
-        for layer in range(self.config.num_hidden_layers):
+            yield from self._enter(batch)
+        for layer in self.layers:
             self.advance(f"block {layer}")
+            self.read_ahead(layer + 1)
+            traces = [self.torch.block(layer, stream.torch_BTD, stream.batch) for stream in self.streams]
+            self.torch.done(layer)
+            for stream, torch in zip(self.streams, traces, strict=True):
+                yield from self._block(layer, stream, self._with_lens(self.torch, torch, stream.batch))
+            self.flax.done(layer)
+            self.oracle.done(layer)
+        if self.layers.stop == self.config.num_hidden_layers:
+            self.advance("head")
             for stream in self.streams:
-                yield from self._block(layer, stream)
-        self.advance("head")
-        for stream in self.streams:
-            yield from self._head(stream)
+                yield from self._head(stream)
 
-    def _embed(self, batch: Batch) -> Iterator[Finding]:
-        torch_BTD, flax_BTD = self.sides.torch.embed(batch), self.sides.flax.embed(batch)
-        exact_BTD, flipped_M = self.sides.oracle.embed(batch), np.zeros(batch.input_ids.size, bool)
-        self.streams.append(Stream(batch, torch_BTD, _usable(flax_BTD, torch_BTD), exact_BTD, flipped_M))
-        yield judge_equal("embed", self._place(None, "local", batch), torch_BTD, flax_BTD)
+    def _enter(self, batch: Batch) -> Iterator[Finding]:
+        """Start a stream at the embedding, or before the first of the layers."""
+        flipped_M = np.zeros(batch.input_ids.size, bool)
+        if self.layers.start == 0:
+            self.advance("embedding")
+            torch_BTD, flax_BTD = self.torch.embed(batch), self.flax.embed(batch)
+            oracle_BTD = self.oracle.embed(batch)
+            self.streams.append(Stream(batch, torch_BTD, _usable(flax_BTD, torch_BTD), oracle_BTD, flipped_M))
+            yield judge_equal("embed", self._place(None, "local", batch), torch_BTD, flax_BTD)
+            return
+        torch_BTD = self.torch.stream_before(self.layers.start, batch)
+        if torch_BTD is None:
+            torch_BTD = self.torch.embed(batch)
+            for layer in range(self.layers.start):
+                self.advance(f"block {layer}, torch alone")
+                self.read_ahead(layer + 1)
+                torch_BTD = self.torch.block(layer, torch_BTD, batch).arrays.get("resid_out")
+                self.torch.done(layer)
+        self.streams.append(Stream(batch, torch_BTD, torch_BTD, torch_BTD, flipped_M))
 
-    def _block(self, layer: int, stream: Stream) -> Iterator[Finding]:
+    def _block(self, layer: int, stream: Stream, torch: Trace) -> Iterator[Finding]:
         batch = stream.batch
-        torch = self._with_lens(self.sides.torch, self.sides.torch.block(layer, stream.torch_BTD, batch), batch)
         local = self._beside(torch, layer, "local", batch, stream.torch_BTD, stream.torch_BTD)
         findings = list(self._judge_block(layer, "local", batch, local))
         yield from findings
-        if self.suspect is None and _blamed(findings):
+        replayable = stream.torch_BTD is not None and self.detail == ALL
+        if self.suspect is None and replayable and _blamed(findings):
+            assert stream.torch_BTD is not None
             forced = local.routing is not None and bool(local.routing.flips)
             routing = torch["router_ids"] if forced else None
             self.suspect = Suspect(layer, batch, stream.torch_BTD, torch, local.traces[1], self.dtype, routing)
-        if self.dtype == "bfloat16" and "attn_probs" in torch.arrays:
+        if self.dtype == "bfloat16" and (torch.thinned or "attn_probs" in torch.arrays):
             yield from self._operations(layer, stream, local)
         own = self._beside(torch, layer, "propagated", batch, stream.flax_BTD, stream.oracle_BTD)
         yield from self._judge_block(layer, "propagated", batch, own)
         self._note_drift(layer, batch, *(trace.arrays.get("lens") for trace in own.traces[:2]))
         torch_BTD, flax_BTD, oracle_BTD = (trace.arrays.get("resid_out") for trace in own.traces)
-        assert torch_BTD is not None and oracle_BTD is not None, "only Flax is on trial"
         stream.torch_BTD, stream.flax_BTD, stream.oracle_BTD = torch_BTD, _usable(flax_BTD, torch_BTD), oracle_BTD
         if own.routing is not None:
             stream.flipped_M[[flip.token for flip in own.routing.flips]] = True
         for side, trace in zip(("torch", "flax", "oracle"), own.traces, strict=True):
             logits_ME, like_ME = (found.arrays.get("router_logits") for found in (trace, own.traces[0]))
-            if logits_ME is not None and like_ME is not None and logits_ME.shape == like_ME.shape:
+            if logits_ME is not None and (like_ME is None or logits_ME.shape == like_ME.shape):
                 stream.router_logits[side].append(logits_ME)
 
     def _operations(self, layer: int, stream: Stream, local: Compared) -> Iterator[Finding]:
         """Run every operation alone on torch's recorded input; what a side cannot run so is unchecked."""
         torch = local.traces[0]
         found, exact = (
-            side.operations(layer, stream.torch_BTD, torch, stream.batch) if isinstance(side, Operations) else Trace()
-            for side in (self.sides.flax, self.sides.oracle)
+            Trace() if torch.thinned else side.operations(layer, stream.torch_BTD, torch, stream.batch)
+            for side in (self.flax, self.oracle)
         )
         findings = [
             self._judge_operation(
@@ -155,7 +186,7 @@ class Walk:
             for name, point in operation_points(self.config)
         ]
         yield from findings
-        if self.suspect is None and _blamed(findings):
+        if self.suspect is None and _blamed(findings) and stream.torch_BTD is not None:
             first = next(finding.point for finding in findings if finding.verdict == "fail")
             flax: Trace = found
             inputs: Trace | None = torch
@@ -182,18 +213,18 @@ class Walk:
         return Place(layer, mode, batch.name, self.dtype)
 
     def _beside(
-        self, torch: Trace, layer: int, mode: Mode, batch: Batch, flax_BTD: Array, oracle_BTD: Array
+        self, torch: Trace, layer: int, mode: Mode, batch: Batch, flax_BTD: Array | None, oracle_BTD: Array | None
     ) -> Compared:
         """Run Flax and the oracle beside torch's trace; where Flax routes otherwise, once more with torch's experts."""
-        oracle = self.sides.oracle.block(layer, oracle_BTD, batch, torch["router_ids"])
-        flax = self.sides.flax.block(layer, flax_BTD, batch)
-        routing = self._compare_routing(layer, mode, batch, (torch, flax, oracle))
-        if routing is not None and routing.flips:
+        oracle = self.oracle.block(layer, oracle_BTD, batch, torch.arrays.get("router_ids"))
+        flax = self.flax.block(layer, flax_BTD, batch)
+        if rerouted(torch, flax, batch).any():
             free = flax
-            flax = self.sides.flax.block(layer, flax_BTD, batch, torch["router_ids"])
+            flax = self.flax.block(layer, flax_BTD, batch, torch["router_ids"])
             flax.arrays.update({name: array for name, array in free.arrays.items() if name in BEFORE_ROUTING})
-        self._with_lens(self.sides.oracle, oracle, batch)
-        self._with_lens(self.sides.flax, flax, batch)
+        routing = self._compare_routing(layer, mode, batch, (torch, flax, oracle))
+        self._with_lens(self.oracle, oracle, batch)
+        self._with_lens(self.flax, flax, batch)
         return Compared((torch, flax, oracle), routing)
 
     def _compare_routing(
@@ -203,28 +234,26 @@ class Walk:
         if any(name not in trace.arrays for trace in traces for name in ("router_ids", "router_logits")):
             return None
         torch, flax, _ = traces
-        ids_MA = flax["router_ids"]
-        fits = (
-            flax["router_logits"].shape == torch["router_logits"].shape
-            and ids_MA.shape[:1] == torch["router_ids"].shape[:1]
-        )
-        if not fits or ids_MA.ndim != 2 or ids_MA.dtype.kind not in "iu":
+        if flax["router_logits"].shape != torch["router_logits"].shape or not comparable_ids(torch, flax):
             return None
         routing = compare_routing(*traces, batch)
         self.routing[layer, mode, batch.name, self.dtype] = routing
         return routing
 
-    def _with_lens(self, side: Side, trace: Trace, batch: Batch) -> Trace:
+    def _with_lens(self, side: Offered, trace: Trace, batch: Batch) -> Trace:
         """Add `lens`; a side that has lost its stream has none."""
         x_BTD = trace.arrays.get("resid_out")
         if x_BTD is not None and x_BTD.shape == (*batch.input_ids.shape, self.config.hidden_size):
             head = side.head(x_BTD, batch)
             if "logits" in head.arrays:
-                trace.arrays["lens"] = head["logits"]
+                lens = Trace({"lens": head["logits"]}, thinned=head.thinned)
+                trace.arrays["lens"] = (self.detail.thin(lens, batch) if trace.thinned else lens)["lens"]
         return trace
 
     def _judge_block(self, layer: int, mode: Mode, batch: Batch, compared: Compared) -> Iterator[Finding]:
         traces, routing = compared.traces, compared.routing
+        torch, flax, oracle = (self.detail.thin(trace, batch) for trace in traces)
+        thinned = (torch, flax, oracle)
         forced = routing is not None and bool(routing.flips)
         for name, point in block_points(self.config):
             place = replace(self._place(layer, mode, batch), forced=forced and name not in BEFORE_ROUTING)
@@ -232,11 +261,14 @@ class Walk:
                 yield _judge_routing(name, place, routing)
             elif name == "router_weights" and routing is not None:
                 yield self._judge_weights(point, place, traces, batch, forced)
-            elif point.place == "expert" and not _same_rows(name, traces):
+            elif point.place == "expert" and not _same_rows(name, thinned):
                 yield place.finding(name, "fail", "the sides recorded this expert on different tokens")
             else:
-                arrays = (trace.arrays.get(name) for trace in traces)
-                finding = judge(name, point, place, *arrays, rows=_real_rows(point, batch))
+                arrays = (trace.arrays.get(name) for trace in thinned)
+                rows = _real_rows(point, batch) if self.detail.keeps_every_token(name) else None
+                recorded = self.detail.roundoff(name)
+                finding = judge(name, point, place, *arrays, rows=rows, recorded_roundoff=recorded)
+                finding = self.detail.weigh(finding)
                 if routing is None and self.dtype == "bfloat16" and finding.verdict == "fail":
                     # A benign flip would do the same, and whether there was one is not known.
                     reason = f"{finding.reason}; a side does not say how it routed"
@@ -257,15 +289,15 @@ class Walk:
         return judge("router_weights", point, place, *dense, rows=batch.real_M)
 
     def _head(self, stream: Stream) -> Iterator[Finding]:
-        torch = self.sides.torch.head(stream.torch_BTD, stream.batch)
+        torch = self.torch.head(stream.torch_BTD, stream.batch)
         stream.torch_logits = torch.arrays.get("logits")
-        streams: tuple[tuple[Mode, Array, Array], ...] = (
+        streams: tuple[tuple[Mode, Array | None, Array | None], ...] = (
             ("local", stream.torch_BTD, stream.torch_BTD),
             ("propagated", stream.flax_BTD, stream.oracle_BTD),
         )
         for mode, flax_BTD, oracle_BTD in streams:
-            flax = self.sides.flax.head(flax_BTD, stream.batch)
-            oracle = self.sides.oracle.head(oracle_BTD, stream.batch)
+            flax = self.flax.head(flax_BTD, stream.batch)
+            oracle = self.oracle.head(oracle_BTD, stream.batch)
             stream.oracle_logits = oracle.arrays.get("logits")  # of the propagated stream, which comes last
             if mode == "propagated":
                 self._note_drift(None, stream.batch, stream.torch_logits, flax.arrays.get("logits"))
@@ -276,30 +308,34 @@ class Walk:
                 arrays = (trace.arrays.get(name) for trace in (torch, flax, oracle))
                 place = self._place(None, mode, stream.batch)
                 findings.append(judge(name, point, place, *arrays, rows=_real_rows(point, stream.batch)))
-            if self.suspect is None and mode == "local" and _blamed(findings):
+            if self.suspect is None and mode == "local" and stream.torch_BTD is not None and _blamed(findings):
                 self.suspect = Suspect(None, stream.batch, stream.torch_BTD, torch, flax, self.dtype)
             yield from findings
 
     def _note_drift(self, layer: int | None, batch: Batch, torch: Array | None, flax: Array | None) -> None:
         """Keep how far a language model's expectations have moved."""
-        if self.config.architecture == "MixtralForCausalLM" and torch is not None and flax is not None:
+        kept = layer is None or self.detail == ALL
+        if self.config.architecture == "MixtralForCausalLM" and kept and torch is not None and flax is not None:
             drift = compare_logits(torch, flax, batch, layer, self.dtype)
             self.drift += [] if drift is None else [drift]
 
     def _add_losses(self, stream: Stream, mode: Mode, torch: Trace, flax: Trace, oracle: Trace) -> None:
         """Add the losses where the side has recorded every layer's router; else they are missing, and so unchecked."""
-        for side, trace in ((self.sides.torch, torch), (self.sides.flax, flax), (self.sides.oracle, oracle)):
-            own = "torch" if mode == "local" else side.name
+        traces = {"torch": torch, "flax": flax, "oracle": oracle}
+        for (name, trace), side in zip(traces.items(), (self.torch, self.flax, self.oracle), strict=True):
+            own = "torch" if mode == "local" else name
             logits = (torch if mode == "local" else trace).arrays.get("logits")
             complete = len(stream.router_logits[own]) == self.config.num_hidden_layers
-            if logits is None or logits.shape != torch["logits"].shape or not complete:
+            like = torch.arrays.get("logits")
+            if logits is None or (like is not None and logits.shape != like.shape) or not complete:
                 continue
             trace.arrays.update(side.losses(logits, stream.router_logits[own], stream.batch).arrays)
 
 
-def _usable(flax_BTD: Array | None, torch_BTD: Array) -> Array:
+def _usable(flax_BTD: Array | None, torch_BTD: Array | None) -> Array | None:
     """Let Flax go on from torch's stream where it has lost its own: its other blocks are still to be judged."""
-    return torch_BTD if flax_BTD is None or flax_BTD.shape != torch_BTD.shape else flax_BTD
+    lost = flax_BTD is None or (torch_BTD is not None and flax_BTD.shape != torch_BTD.shape)
+    return torch_BTD if lost else flax_BTD
 
 
 def _blamed(findings: Sequence[Finding]) -> bool:

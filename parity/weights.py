@@ -1,6 +1,7 @@
 """Configuration and weights, compared exactly before any forward."""
 
 import hashlib
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
@@ -8,30 +9,64 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from convert.checkpoint import View
+from convert.transpose import contiguous
 from flax_mixtral.config import MixtralConfig
 from parity.metrics import Precision
 from parity.trace import Array
 
-__all__ = ["Difference", "Rounded", "compare_configs", "compare_weights"]
+__all__ = ["DTYPES", "Difference", "Rounded", "compare_configs", "compare_hashes", "compare_weights", "hash_leaves"]
 
 DTYPES: dict[Precision, np.dtype[Any]] = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 
 
-class Rounded(Mapping[str, Array]):
-    """Weights in the dtype that a run computes in, rounded on access; every side gets the same rounded values."""
+CACHE_LINE = 64
 
-    def __init__(self, weights: Mapping[str, Array], dtype: Precision):
+
+class Rounded(Mapping[str, Array]):
+    """Weights in the dtype that a run computes in, rounded on access; every side gets the same rounded values.
+
+    Of a checkpoint, a tensor comes in memory of its own, filled piece by piece, and the files' pages are given back.
+
+    Args:
+        weights: by name.
+        dtypes: what they are rounded to, one after the other.
+    """
+
+    def __init__(self, weights: Mapping[str, Array], *dtypes: Precision):
         self._weights = weights
-        self._dtype = DTYPES[dtype]
+        self._dtypes = [DTYPES[dtype] for dtype in dtypes]
 
     def __getitem__(self, name: str) -> Array:
-        return self._weights[name].astype(self._dtype, copy=False)
+        if not isinstance(self._weights, View):
+            return self._cast(self._weights[name])
+        array = _aligned(self._weights.shape(name), self._dtypes[-1])
+        flat, start = array.reshape(-1), 0
+        for piece in self._weights.pieces(name):
+            ordered = contiguous(piece).view(piece.dtype)
+            flat[start : start + piece.size] = self._cast(ordered).reshape(-1)
+            start += piece.size
+            self._weights.release(name, piece)
+        return array
+
+    def _cast(self, array: Array) -> Array:
+        for dtype in self._dtypes:
+            array = array.astype(dtype, copy=False)
+        return array
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._weights)
 
     def __len__(self) -> int:
         return len(self._weights)
+
+
+def _aligned(shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
+    """Give uninitialised memory that begins where a cache line does: JAX takes it over without a copy."""
+    nbytes = math.prod(shape) * dtype.itemsize
+    memory = np.empty(nbytes + CACHE_LINE, np.uint8)
+    start = -memory.ctypes.data % CACHE_LINE
+    return memory[start : start + nbytes].view(dtype).reshape(shape)
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,15 +99,66 @@ def compare_weights(
     hashes, differences = {}, []
     for name in torch:
         advance(name)
-        torch_array, flax_array = torch[name], flax[name]
-        hashes[name] = hashlib.sha256(np.ascontiguousarray(torch_array).view(np.uint8).data).hexdigest()
-        if torch_array.dtype != flax_array.dtype:
-            differences.append(Difference(name, f"dtypes differ: torch {torch_array.dtype}, Flax {flax_array.dtype}"))
-            continue
-        unsigned = np.dtype(f"u{torch_array.dtype.itemsize}")
-        differing = int(
-            (np.ascontiguousarray(torch_array).view(unsigned) != np.ascontiguousarray(flax_array).view(unsigned)).sum()
-        )
-        if differing:
-            differences.append(Difference(name, f"{differing} of {torch_array.size} elements differ in their bits"))
+        digest, differing, size = hashlib.sha256(), 0, 0
+        dtypes = set[str]()
+        for torch_piece, flax_piece in _side_by_side(torch, flax, name):
+            torch_bits, flax_bits = _in_order(torch_piece), _in_order(flax_piece)
+            digest.update(torch_bits.view(np.uint8).data)
+            size += torch_piece.size
+            if torch_piece.dtype != flax_piece.dtype:
+                dtypes.add(f"torch {torch_piece.dtype}, Flax {flax_piece.dtype}")
+            elif torch_bits.shape == flax_bits.shape:
+                differing += int((torch_bits != flax_bits).sum())
+            else:
+                differing += torch_piece.size
+            _release(torch, name, torch_piece)
+            _release(flax, name, flax_piece)
+        hashes[name] = digest.hexdigest()
+        if dtypes:
+            differences.append(Difference(name, f"dtypes differ: {', '.join(sorted(dtypes))}"))
+        elif differing:
+            differences.append(Difference(name, f"{differing} of {size} elements differ in their bits"))
     return hashes, differences
+
+
+def hash_leaves(weights: Mapping[str, Array], advance: Callable[[str], None]) -> dict[str, str]:
+    """Give the SHA-256 of every leaf, in C order."""
+    hashes = {}
+    for name in weights:
+        advance(name)
+        digest = hashlib.sha256()
+        for piece in _pieces(weights, name):
+            digest.update(_in_order(piece).view(np.uint8).data)
+            _release(weights, name, piece)
+        hashes[name] = digest.hexdigest()
+    return hashes
+
+
+def compare_hashes(torch: Mapping[str, str], flax: Mapping[str, str]) -> list[Difference]:
+    """List the leaves whose SHA-256 differ."""
+    return [
+        Difference(name, "SHA-256 differ: the two recordings were not made from the same weights")
+        for name in torch
+        if torch[name] != flax.get(name)
+    ]
+
+
+def _side_by_side(torch: Mapping[str, Array], flax: Mapping[str, Array], name: str) -> Iterator[tuple[Array, Array]]:
+    """Walk a leaf of both, expert by expert where both come so."""
+    if isinstance(torch, View) and isinstance(flax, View):
+        return zip(torch.pieces(name), flax.pieces(name), strict=True)
+    return iter([(torch[name], flax[name])])
+
+
+def _pieces(weights: Mapping[str, Array], name: str) -> Iterator[Array]:
+    return weights.pieces(name) if isinstance(weights, View) else iter([weights[name]])
+
+
+def _release(weights: Mapping[str, Array], name: str, piece: Array) -> None:
+    if isinstance(weights, View):
+        weights.release(name, piece)
+
+
+def _in_order(array: Array) -> Array:
+    """Give an array's bits in C order, flat."""
+    return contiguous(array).reshape(-1)

@@ -1,17 +1,18 @@
 """mixtral-parity run."""
 
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
+from parity.commands.options import FLAX_SIDE, LAYERS, inputs_of
 from parity.commands.progress import progress_bar
+from parity.commands.show import show
 
 if TYPE_CHECKING:
     from parity.inputs import Suite
     from parity.metrics import Precision
-    from parity.trace import Batch
+    from parity.port import FlaxFactory
 
 __all__ = ["EXAMPLES", "run"]
 
@@ -21,6 +22,8 @@ Examples:
   mixtral-parity run torch-checkpoint/ flax-checkpoint/
   mixtral-parity run torch-checkpoint/ --suite quick          map to Flax in memory
   mixtral-parity run torch-checkpoint/ --report report/       write report/result.json
+  mixtral-parity run torch-checkpoint/ --reference torch.trace   without torch, on what was recorded
+  mixtral-parity run torch-checkpoint/ --flax-side my_port:side  a port of your own
 
 \b
 Exit codes: 0 pass, 1 parity failed, 2 usage, 3 bad input, 4 not everything could be checked, 5 interrupted.
@@ -55,9 +58,14 @@ Exit codes: 0 pass, 1 parity failed, 2 usage, 3 bad input, 4 not everything coul
     metavar="N",
     help="Continue the prompts by N greedy tokens too, with the cache on; whole models in memory.",
 )
+@click.option("--layers", type=LAYERS, help="Compare blocks A to B-1 alone; torch runs those before them.")
+@click.option("--reference", type=click.Path(path_type=Path), help="Torch's recording, in place of torch.")
+@click.option("--flax-side", type=FLAX_SIDE, help="Another implementation of the side protocol, whole or in part.")
 @click.option("--report", type=click.Path(path_type=Path), help="Directory for result.json.")
 @click.option("--json", "as_json", is_flag=True, help="Print result.json instead of the table.")
+@click.pass_context
 def run(
+    context: click.Context,
     src: Path,
     flax: Path | None,
     dtype: "Precision",
@@ -67,6 +75,9 @@ def run(
     seed: int,
     grad: bool,
     generate: int | None,
+    layers: range | None,
+    reference: Path | None,
+    flax_side: "FlaxFactory | None",
     report: Path | None,
     as_json: bool,
 ) -> None:
@@ -75,36 +86,25 @@ def run(
     SRC is a Mixtral checkpoint as transformers reads it. FLAX is the converted one; without it, SRC is mapped to Flax
     in memory.
     """
-    if input_ids is not None and text is not None:
-        raise click.UsageError("--input-ids and --text exclude each other")
-    from parity.report import json as json_report
+    inputs = inputs_of(context, src, reference, suite, input_ids, text)
+    if reference is not None:
+        from parity.recording import Recording
 
-    inputs = _inputs(src, suite, input_ids, text)
-    from parity.runner import run as run_parity  # after the inputs are known to be good: it loads JAX and torch
+        dtype = Recording.open(reference).manifest.dtype
+    from parity.runner import run as run_parity  # after the inputs are known to be good: it loads JAX
 
     with progress_bar() as progress:
         result = run_parity(
-            src, flax, dtype=dtype, inputs=inputs, seed=seed, grad=grad, generate=generate or 0, progress=progress
+            src,
+            flax,
+            dtype=dtype,
+            inputs=inputs,
+            seed=seed,
+            grad=grad,
+            generate=generate or 0,
+            layers=layers,
+            reference=reference,
+            side=flax_side,
+            progress=progress,
         )
-    rendered = json_report.render(result)
-    if report is not None:
-        report.mkdir(parents=True, exist_ok=True)
-        (report / "result.json").write_text(rendered)
-    if as_json:
-        click.echo(rendered, nl=False)
-    else:
-        from rich.console import Console
-
-        from parity.report import terminal
-
-        Console(highlight=False).print(terminal.render(result))
-    sys.exit(result.exit_code)
-
-
-def _inputs(src: Path, suite: "Suite", input_ids: Path | None, text: str | None) -> "Suite | list[Batch]":
-    from convert import Checkpoint
-    from parity.inputs import read_ids, tokenized
-
-    if input_ids is not None:
-        return read_ids(input_ids, Checkpoint.open(src).config)
-    return suite if text is None else tokenized(src, text)
+    show(result, report, as_json)

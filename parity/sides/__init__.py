@@ -1,11 +1,15 @@
-"""The sides of a comparison. `Side` is the whole protocol: anything that offers it can be walked."""
+"""The sides of a comparison. `Side` is the protocol: anything that offers it, whole or in part, can be walked.
+
+Of a side that is tried (`--flax-side`), every method may be missing, and every array of a trace: what is not offered is
+unchecked.
+"""
 
 from collections.abc import Sequence
 from typing import Protocol, runtime_checkable
 
 from parity.trace import Array, Batch, Trace
 
-__all__ = ["Operations", "Side", "WholeModel"]
+__all__ = ["Keeping", "Operations", "Seekable", "Side", "WholeModel"]
 
 
 class Side(Protocol):
@@ -41,6 +45,24 @@ class Side(Protocol):
 
     def losses(self, logits: Array, router_logits: Sequence[Array], batch: Batch) -> Trace:
         """Compute `loss` (labels are the batch's own tokens) and `aux_loss` from L arrays [M, E]."""
+        ...
+
+
+@runtime_checkable
+class Seekable(Protocol):
+    """A side that knows the residual stream before a block without running those before it, as a recording does."""
+
+    def stream_before(self, layer: int, batch: Batch) -> Array | None:
+        """Give the input of a block [B, T, D]; None where it is not known."""
+        ...
+
+
+@runtime_checkable
+class Keeping(Protocol):
+    """A side that keeps a block's parameters between calls."""
+
+    def done(self, layer: int) -> None:
+        """Let go of a block: no call for it follows."""
         ...
 
 

@@ -36,6 +36,7 @@ class FlaxSide:
     def __init__(self, config: MixtralConfig, weights: Mapping[str, Array]):
         self._config = config
         self._weights = weights
+        self._held: tuple[int, DecoderBlock] | None = None
         self._prefix = "" if config.architecture == "MixtralModel" else "model."
         self._run_block: Callable[..., BlockTrace] = jax.jit(run_block)
         self._run_expert = jax.jit(expert, static_argnames="hidden_act")
@@ -112,21 +113,35 @@ class FlaxSide:
 
     def whole_model(self) -> Model:
         """Build the model as its users have it."""
-        return _model_mould(self._config).fill(self._weights)
+        return _model_mould(self._config).fill(self._weights, alias=True)
 
     def _language_model(self) -> Mixtral:
         model = self.whole_model()
         assert isinstance(model, Mixtral), self._config.architecture
         return model
 
+    def done(self, layer: int) -> None:
+        """See `Keeping.done`."""
+        self._held = None
+
     def _block(self, layer: int) -> DecoderBlock:
-        return _block_mould(self._config).fill(self._weights, f"{self._prefix}layers.{layer}.")
+        """Give a block, whose parameters stay until `done` or the next one."""
+        if self._held is None or self._held[0] != layer:
+            self._held = None  # the last one's memory goes before the next one's comes
+            block = _block_mould(self._config).fill(self._weights, f"{self._prefix}layers.{layer}.", alias=True)
+            self._held = (layer, block)
+        return self._held[1]
 
     @cached_property
     def _head_model(self) -> Model:
-        """The whole model of which only what lies outside the blocks holds arrays."""
-        outside = {name: self._weights[name] for name in self._weights if ".layers." not in name}
-        return _model_mould(self._config).fill(outside, partial=True)
+        """The whole model of which only final norm and head hold arrays."""
+        tied = self._config.tie_word_embeddings
+        outside = {
+            name: self._weights[name]
+            for name in self._weights
+            if "layers." not in name and (tied or "embed_tokens." not in name)
+        }
+        return _model_mould(self._config).fill(outside, partial=True, alias=True)
 
     def _context(self, batch: Batch, x_BTD: Array) -> Context:
         mask, position = (None if x is None else jnp.asarray(x) for x in (batch.attention_mask, batch.position_ids))

@@ -7,11 +7,11 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from parity.decoding import Decoded, Generates
 from parity.gradients import Differentiable, Gradients
-from parity.sides import Operations, Side
+from parity.sides.offered import Offered
 from parity.trace import Array, Batch, Trace
 
 __all__ = ["Cost", "Timed"]
@@ -31,35 +31,45 @@ class Cost:
 
 
 class Timed:
-    """Pass every call on to a side and add up what it costs."""
+    """Pass every call on to a side, whole or in part (`Offered`), and add up what it costs."""
 
-    def __init__(self, side: Side):
-        self.name = side.name
+    def __init__(self, side: Any):
         self.cost = Cost()
         self.side = side
+        self._offered = Offered(side)
+        self.name = self._offered.name
 
-    def embed(self, batch: Batch) -> Array:
-        """See `Side.embed`."""
-        return self._measured(lambda: self.side.embed(batch))
+    def embed(self, batch: Batch) -> Array | None:
+        """See `Offered.embed`."""
+        return self._measured(lambda: self._offered.embed(batch))
 
-    def block(self, layer: int, x_BTD: Array, batch: Batch, routing: Array | None = None) -> Trace:
-        """See `Side.block`."""
-        return self._measured(lambda: self.side.block(layer, x_BTD, batch, routing))
+    def block(self, layer: int, x_BTD: Array | None, batch: Batch, routing: Array | None = None) -> Trace:
+        """See `Offered.block`."""
+        return self._measured(lambda: self._offered.block(layer, x_BTD, batch, routing))
 
-    def operations(self, layer: int, x_BTD: Array, given: Trace, batch: Batch) -> Trace:
-        """See `Operations.operations`; empty for a side that has none."""
-        side = self.side
-        if not isinstance(side, Operations):
-            return Trace()
-        return self._measured(lambda: side.operations(layer, x_BTD, given, batch))
+    def operations(self, layer: int, x_BTD: Array | None, given: Trace, batch: Batch) -> Trace:
+        """See `Offered.operations`."""
+        return self._measured(lambda: self._offered.operations(layer, x_BTD, given, batch))
 
-    def head(self, x_BTD: Array, batch: Batch) -> Trace:
-        """See `Side.head`."""
-        return self._measured(lambda: self.side.head(x_BTD, batch))
+    def head(self, x_BTD: Array | None, batch: Batch) -> Trace:
+        """See `Offered.head`."""
+        return self._measured(lambda: self._offered.head(x_BTD, batch))
 
     def losses(self, logits: Array, router_logits: Sequence[Array], batch: Batch) -> Trace:
-        """See `Side.losses`."""
-        return self._measured(lambda: self.side.losses(logits, router_logits, batch))
+        """See `Offered.losses`."""
+        return self._measured(lambda: self._offered.losses(logits, router_logits, batch))
+
+    def whole(self, batch: Batch) -> Array | None:
+        """See `Offered.whole`."""
+        return self._measured(lambda: self._offered.whole(batch))
+
+    def done(self, layer: int) -> None:
+        """See `Offered.done`."""
+        self._offered.done(layer)
+
+    def stream_before(self, layer: int, batch: Batch) -> Array | None:
+        """See `Offered.stream_before`."""
+        return self._offered.stream_before(layer, batch)
 
     def gradients(self, batch: Batch, labels_BT: Array, routing: Sequence[Array] | None = None) -> Gradients | None:
         """See `Differentiable.gradients`; None from a side that has none."""

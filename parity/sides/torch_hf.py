@@ -69,6 +69,7 @@ class TorchSide:
         attention: transformers' attention implementation.
         experts: transformers' experts implementation.
         threads: torch's number of threads while the side runs; None leaves it.
+        path: the checkpoint's directory, from which a user loads the model whole.
     """
 
     name = "torch"
@@ -83,10 +84,14 @@ class TorchSide:
         attention: Attention = "eager",
         experts: Experts = "grouped_mm",
         threads: int | None = None,
+        path: Path | None = None,
     ) -> None:
         self.config = config
+        self.path = path
         self.threads = threads
         self._weights = weights
+        self._held: tuple[int, dict[str, Tensor]] | None = None
+        self._dtype_name: Precision = dtype
         self._dtype: torch.dtype = getattr(torch, dtype)
         self._prefix = "" if config.architecture == "MixtralModel" else "model."
         self._hf_config = transformers.MixtralConfig.from_dict(dict(raw_config))
@@ -109,7 +114,7 @@ class TorchSide:
             config._attn_implementation = RECORDING
             with torch.device("meta"):
                 module = mixtral.MixtralDecoderLayer(config, layer)
-            self._fill(module, f"{self._prefix}layers.{layer}.")
+            self._fill_block(module, layer)
             x, inputs = _tensor(x_BTD).to(self._dtype), _inputs(batch)
             positions = inputs["position_ids"]
             rotary = mixtral.MixtralRotaryEmbedding(self._hf_config)  # a new one: dynamic rope remembers long batches
@@ -124,6 +129,10 @@ class TorchSide:
                     use_cache=False,
                 )
             return self._trace(module, seen, batch)
+
+    def done(self, layer: int) -> None:
+        """See `Keeping.done`."""
+        self._held = None
 
     def head(self, x_BTD: Array, batch: Batch) -> Trace:
         """Apply final norm and head: the architecture's own model, with no layers and `x_BTD` for an embedding."""
@@ -155,6 +164,13 @@ class TorchSide:
             E, A = self.config.num_local_experts, self.config.num_experts_per_tok
             aux_loss = mixtral.load_balancing_loss_func(router, E, A, mask)
             return Trace({"loss": _numpy(loss), "aux_loss": _numpy(torch.as_tensor(aux_loss))})
+
+    def whole(self, batch: Batch) -> Array | None:
+        """See `WholeModel.whole`: the checkpoint as `from_pretrained` loads it; None without a path."""
+        if self.path is None:
+            return None
+        dtype, config = self._dtype_name, self._hf_config
+        return whole_logits(self.path, batch, dtype, config._attn_implementation, config._experts_implementation)
 
     def gradients(self, batch: Batch, labels_BT: Array, routing: Sequence[Array] | None = None) -> Gradients:
         """See `Differentiable.gradients`: autograd through transformers' own model, in its fused layout."""
@@ -247,17 +263,27 @@ class TorchSide:
                 trace.arrays[f"expert.{expert}.{point}"] = _numpy(tensor)
         return trace
 
+    def _fill_block(self, module: nn.Module, layer: int) -> None:
+        """Load a block's parameters, which stay until `done` or the next block."""
+        if self._held is None or self._held[0] != layer:
+            self._held = None  # the last one's memory goes before the next one's comes
+            self._held = (layer, self._state(module, f"{self._prefix}layers.{layer}."))
+        module.load_state_dict(self._held[1], strict=True, assign=True)
+        module.eval()
+
     def _fill(self, module: nn.Module, prefix: str) -> None:
         """Load every parameter of a module that was built without memory."""
+        module.load_state_dict(self._state(module, prefix), strict=True, assign=True)
+        module.eval()
+
+    def _state(self, module: nn.Module, prefix: str) -> dict[str, Tensor]:
         names = {name: prefix + name for name in module.state_dict()}
         if self.config.tie_word_embeddings and "lm_head.weight" in names:
             names["lm_head.weight"] = "model.embed_tokens.weight"
-        state = {name: self._weight(source) for name, source in names.items()}
-        module.load_state_dict(state, strict=True, assign=True)
-        module.eval()
+        return {name: self._weight(source) for name, source in names.items()}
 
     def _weight(self, name: str) -> Tensor:
-        return _tensor(self._weights[name]).to(self._dtype)
+        return _tensor(self._weights[name], copy=False).to(self._dtype)
 
 
 def whole_logits(path: Path, batch: Batch, dtype: Precision, attention: Attention, experts: Experts) -> Array:
@@ -385,9 +411,15 @@ def _logits(output: Any) -> Tensor:
     return logits
 
 
-def _tensor(array: Array) -> Tensor:
-    """Copy an array, whose memory may be a read-only file, into a tensor; bfloat16 by its bits."""
-    array = np.array(array, order="C")
+def _tensor(array: Array, *, copy: bool = True) -> Tensor:
+    """Copy an array, whose memory may be a read-only file, into a tensor; bfloat16 by its bits.
+
+    Args:
+        array: any.
+        copy: False to share its memory where that can be written and is in order.
+    """
+    if copy or not array.flags.writeable or not array.flags.c_contiguous:
+        array = np.array(array, order="C")
     if array.dtype == ml_dtypes.bfloat16:
         return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
     return torch.from_numpy(array)

@@ -1,0 +1,39 @@
+"""mixtral-parity compare."""
+
+from pathlib import Path
+
+import click
+
+from parity.commands.progress import progress_bar
+from parity.commands.show import show
+
+__all__ = ["compare"]
+
+EXAMPLES = """
+\b
+Examples:
+  mixtral-parity compare torch.trace flax.trace --oracle oracle.trace
+  mixtral-parity compare torch.trace flax.trace --checkpoint mixtral/
+"""
+
+
+@click.command(epilog=EXAMPLES)
+@click.argument("reference", type=click.Path(path_type=Path))
+@click.argument("other", type=click.Path(path_type=Path))
+@click.option("--oracle", type=click.Path(path_type=Path), help="The oracle's recording.")
+@click.option(
+    "--checkpoint",
+    type=click.Path(path_type=Path),
+    help="The model, for the oracle and the cause of a failure; what torch was recorded on unless given.",
+)
+@click.option("--report", type=click.Path(path_type=Path), help="Directory for result.json.")
+@click.option("--json", "as_json", is_flag=True, help="Print result.json instead of the table.")
+def compare(
+    reference: Path, other: Path, oracle: Path | None, checkpoint: Path | None, report: Path | None, as_json: bool
+) -> None:
+    """Compare the recording OTHER with torch's recording REFERENCE, as a run on both sides does."""
+    from parity.compare import compare as compare_recordings
+
+    with progress_bar() as progress:
+        result = compare_recordings(reference, other, oracle, checkpoint=checkpoint, progress=progress)
+    show(result, report, as_json)
