@@ -98,7 +98,8 @@ def replay(
         ops=BASE_OPS[dtype],
     )
     own = replace(block, inputs=torch, observed=torch, ids_MA=torch["router_ids"])
-    return _Diagnosis(Gauge(block, own), tuple(block_names(config))).causes(point, layer)
+    names = tuple(name for name in block_names(config) if name in flax.arrays)
+    return _Diagnosis(Gauge(block, own), names).causes(point, layer)
 
 
 def replay_head(
@@ -136,20 +137,20 @@ def replay_head(
         dtype=dtype,
         ops=BASE_OPS[dtype],
     )
-    return _Diagnosis(Gauge(block, replace(block, inputs=torch, observed=torch)), HEAD).causes(point, layer=None)
+    names = tuple(name for name in HEAD if name in flax.arrays)
+    return _Diagnosis(Gauge(block, replace(block, inputs=torch, observed=torch)), names).causes(point, layer=None)
 
 
 @dataclass(slots=True)
 class _Diagnosis:
-    """One block under examination, and its points in order."""
+    """One block under examination, and its recorded points in order."""
 
     gauge: Gauge
     names: tuple[str, ...]
 
     def causes(self, point: str | None, layer: int | None) -> list[Cause]:
         """Explain the failing operations one after the other."""
-        offered = [name for name in self.names if name in self.gauge.flax.observed.arrays]
-        failing = [name for name in offered if name == point or self.gauge.plain(name).margin > self.limit]
+        failing = [name for name in self.names if name == point or self.gauge.plain(name).margin > self.limit]
         causes: list[Cause] = []
         unexplained: list[tuple[str, str]] = []
         while failing:

@@ -14,7 +14,7 @@ from flax_mixtral.config import MixtralConfig
 from flax_mixtral.decoder import DecoderBlock
 from parity import faulty_ops as wrong
 from parity.metrics import Precision
-from parity.planting import Fault, Functions, Weights, planted
+from parity.planting import Fault, Functions, Need, Weights, planted
 from parity.sides import flax_operations
 from parity.sides.flax import FlaxSide
 from parity.trace import Array, Batch, Trace
@@ -146,27 +146,29 @@ def _other_theta(config: MixtralConfig) -> MixtralConfig:
     return replace(config, rope=replace(config.rope, rope_theta=theta))
 
 
-def _several_experts(config: MixtralConfig) -> bool:
-    return config.num_experts_per_tok > 1
-
-
-def _square_q(config: MixtralConfig) -> bool:
-    return config.num_attention_heads * config.head_dim == config.hidden_size
-
-
-def _grouped(config: MixtralConfig) -> bool:
-    return 1 < config.num_key_value_heads < config.num_attention_heads
-
-
-def _own_head(config: MixtralConfig) -> bool:
-    return config.architecture == "MixtralForCausalLM" and not config.tie_word_embeddings
+SEVERAL_EXPERTS = Need("several experts per token", lambda scene: scene.config.num_experts_per_tok > 1)
+SQUARE_Q = Need(
+    "a square query kernel: N * H = D",
+    lambda scene: scene.config.num_attention_heads * scene.config.head_dim == scene.config.hidden_size,
+)
+OWN_HEAD_DIM = Need("a head_dim other than D / N", lambda scene: not SQUARE_Q.met(scene))
+GROUPED = Need(
+    "several key heads, each for several query heads",
+    lambda scene: 1 < scene.config.num_key_value_heads < scene.config.num_attention_heads,
+)
+OWN_HEAD = Need(
+    "a language model's head of its own",
+    lambda scene: scene.config.architecture == "MixtralForCausalLM" and not scene.config.tie_word_embeddings,
+)
+MANY_LAYERS = Need("more than 10 layers", lambda scene: scene.config.num_hidden_layers > 10)
+TIES = Need("router probabilities that tie exactly", lambda scene: scene.ties > 0)
 
 
 GATE = ("expert.gate",)
 
 WEIGHTS = (
     Fault(slug="w1-w3-swapped", shows=GATE, weights=_swap(_exchanged("gate", "up"))),
-    Fault(slug="kernel-not-transposed", shows=("q",), weights=_transposed, applies=_square_q),
+    Fault(slug="kernel-not-transposed", shows=("q",), weights=_transposed, needs=SQUARE_Q),
     Fault(slug="rope-rows-permuted", shows=("q",), weights=_interleaved),
     Fault(slug="k-v-swapped", shows=("k",), weights=_swap(_exchanged("k", "v"))),
     Fault(slug="norms-swapped", shows=("input_norm",), weights=_swap(_exchanged("input_norm", "post_attention_norm"))),
@@ -176,11 +178,11 @@ WEIGHTS = (
         place="model",
         weights=_sorted_as_strings,
         fixed_layer=2,
-        applies=lambda config: config.num_hidden_layers > 10,
+        needs=MANY_LAYERS,
     ),
     Fault(slug="experts-permuted", shows=GATE, weights=_of_experts(lambda stacked: np.roll(stacked, 1, axis=0))),
     Fault(slug="expert-uninitialised", shows=GATE, weights=_of_experts(_uninitialised)),
-    Fault(slug="lm-head-wrong", shows=("logits",), place="head", weights=_tied_head, applies=_own_head),
+    Fault(slug="lm-head-wrong", shows=("logits",), place="head", weights=_tied_head, needs=OWN_HEAD),
     Fault(slug="weights-through-float16", shows=("input_norm",), weights=_through_float16, dtypes=F32),
     Fault(slug="vocab-rows-shifted", shows=("embed",), place="model", weights=_rows_shifted),
     Fault(slug="expert-rows-mixed", shows=GATE, weights=_of_experts(_rows_mixed)),
@@ -246,7 +248,7 @@ ATTENTION = (
             (attention.attention_scores, wrong.scores_of_tiled_heads),
             (attention.mix_values, wrong.values_of_tiled_heads),
         ),
-        applies=_grouped,
+        needs=GROUPED,
     ),
     Fault(
         slug="attention-scale",
@@ -256,7 +258,7 @@ ATTENTION = (
     Fault(
         slug="head-dim-ignored",
         shows=("attn_context",),
-        applies=lambda config: config.head_dim * config.num_attention_heads != config.hidden_size,
+        needs=OWN_HEAD_DIM,
         functions=lambda config: ((attention.attention_scores, wrong.scores_of_width(config)),),
     ),
     Fault(
@@ -294,12 +296,18 @@ EXPERTS = (
         shows=("router_probs",),
         functions=_instead((moe.router_probs, wrong.probs_rounded)),
     ),
+    Fault(
+        slug="router-tie-break",
+        shows=("router_ids",),
+        functions=_instead((moe.choose, wrong.choose_highest)),
+        needs=TIES,
+    ),
     Fault(slug="top-k-wrong", shows=("router_ids",), config=_other_top_k),
     Fault(
         slug="ids-weights-unpaired",
         shows=("router_weights",),
         functions=_instead((moe.weigh, wrong.weigh_in_reverse)),
-        applies=_several_experts,
+        needs=SEVERAL_EXPERTS,
     ),
     Fault(
         slug="combine-low-precision",
@@ -328,7 +336,11 @@ RUN_TIME = (
     Fault(
         slug="matmul-low-precision",
         shows=("q",),
-        functions=_instead((projection.project, wrong.project_in_bfloat16)),
+        functions=_instead(
+            (projection.project, wrong.project_in_bfloat16),
+            (attention.attention_scores, wrong.scores_in_bfloat16),
+            (attention.mix_values, wrong.values_in_bfloat16),
+        ),
         dtypes=F32,
     ),
     Fault(slug="inputs-differ", shows=("embed",), place="model", batch=_other_first_token),

@@ -263,6 +263,18 @@ def project_in_bfloat16(equation: str, x: jax.Array, kernel: jax.Array, exact: A
     return product
 
 
+def scores_in_bfloat16(q_BTNH: jax.Array, k_BSKH: jax.Array, exact: Any = attention.attention_scores) -> jax.Array:
+    """Do the same to queries and keys."""
+    scores_BNTS: jax.Array = exact(rounded(q_BTNH), rounded(k_BSKH))
+    return scores_BNTS
+
+
+def values_in_bfloat16(probs_BNTS: jax.Array, v_BSKH: jax.Array, exact: Any = attention.mix_values) -> jax.Array:
+    """Do the same to attention's weights and values."""
+    context_BTNH: jax.Array = exact(rounded(probs_BNTS), rounded(v_BSKH))
+    return context_BTNH
+
+
 def combined_in_bfloat16(given: Trace, shape_BTD: tuple[int, ...]) -> Array:
     """Weigh and sum the recorded outputs of the experts without an upcast."""
     sum_MD = jnp.zeros((shape_BTD[0] * shape_BTD[1], shape_BTD[2]), jnp.float32)

@@ -1,7 +1,7 @@
 """How far a side is from an answer at one point, against the noise. Imports NumPy and parity's own."""
 
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -43,7 +43,7 @@ class Gauge:
 
     flax: Block
     torch: Block
-    _noise: dict[str, tuple[float, ...]] = field(default_factory=dict)
+    _noise: dict[tuple[str, bool], tuple[float, ...]] = field(default_factory=dict)
     _plain: dict[str, Fit] = field(default_factory=dict)
 
     def plain(self, name: str) -> Fit:
@@ -66,35 +66,36 @@ class Gauge:
         if not _same_holes(name, observed, exact, block.batch):
             return NO_FIT
         flax = _relative(_rows(name, observed, block.batch), _rows(name, exact, block.batch))
-        noise = self.noise(name)
+        noise = self.noise(name, inside=block.inside)
         return Fit(max(f / n for f, n in zip(flax, noise, strict=True)), flax[0])
 
-    def noise(self, name: str) -> tuple[float, ...]:
-        """Measure torch against the right operation: four statistics, each at least one rounding."""
-        if name not in self._noise:
+    def noise(self, name: str, *, inside: bool = False) -> tuple[float, ...]:
+        """Measure torch against the right operation: four statistics, each at least one rounding.
+
+        Args:
+            name: the point.
+            inside: measure `moe_out` through the whole experts, whose products add their rounding to the sum's.
+        """
+        if (name, inside) not in self._noise:
             torch, unit = self.torch.observed.arrays.get(name), UNIT_ROUNDOFF[self.flax.dtype]
             errors: tuple[float, ...] = (unit,) * 4
             if torch is not None and torch.size:
                 with suppress(KeyError):  # an input that torch's side does not record: then one rounding
-                    exact = compute(self.torch, name)
+                    exact = compute(replace(self.torch, inside=inside), name)
                     errors = _relative(_rows(name, torch, self.flax.batch), _rows(name, exact, self.flax.batch))
-            self._noise[name] = tuple(max(error, unit) if np.isfinite(error) else unit for error in errors)
-        return self._noise[name]
+            self._noise[name, inside] = tuple(max(error, unit) if np.isfinite(error) else unit for error in errors)
+        return self._noise[name, inside]
 
 
 def _fit_ids(observed_MA: Array, exact_MA: Array, block: Block) -> Fit:
-    """Compare sets of experts; an exact tie at the last place counts for the residual and not for the margin."""
-    real = block.batch.real_M
-    differ_X = (np.sort(observed_MA, axis=1) != np.sort(exact_MA, axis=1)).any(axis=1)[real]
-    probs_XE = -np.sort(-block.fed("router_probs")[real], axis=1)
-    A = exact_MA.shape[1]
-    tied_X = probs_XE[:, A - 1] == probs_XE[:, A] if probs_XE.shape[1] > A else np.zeros(len(differ_X), bool)
-    return Fit(float("inf") if (differ_X & ~tied_X).any() else 0.0, float(differ_X.mean()))
+    """Compare sets of experts, exact ties included: both were chosen from the same probabilities."""
+    differ_X = (np.sort(observed_MA, axis=1) != np.sort(exact_MA, axis=1)).any(axis=1)[block.batch.real_M]
+    return Fit(float("inf") if differ_X.any() else 0.0, float(differ_X.mean()))
 
 
 def _same_holes(name: str, observed: Array, exact: Array, batch: Batch) -> bool:
-    """Say whether both are infinite or NaN at the same places, padding included; the experts' sum has no padding."""
-    if name == "moe_out":
+    """Say whether both are infinite or NaN at the same places, padding included where it is recorded."""
+    if name in ("moe_out", "attn_scores", "attn_probs"):
         observed, exact = _rows(name, observed, batch), _rows(name, exact, batch)
     return np.array_equal(np.isfinite(observed.astype(np.float64)), np.isfinite(exact))
 
@@ -103,6 +104,8 @@ def _rows(name: str, array: Array, batch: Batch) -> Array:
     """View a point's real tokens as [rows, channels] float64."""
     axes = AXES[kind_of(name)]
     wide = array.astype(np.float64)
+    if axes == ["B", "N", "T", "S"]:  # hidden keys have no part, and padding is no query
+        return wide.transpose(0, 2, 3, 1)[batch.pairs_BTS]
     if axes[:2] == ["B", "T"] or (axes == ["logits"] and array.ndim == 3):
         return wide.reshape(array.shape[0] * array.shape[1], -1)[batch.real_M]
     return wide[batch.real_M] if axes[0] == "M" else wide.reshape(len(array), -1)

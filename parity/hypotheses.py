@@ -25,6 +25,7 @@ ROTATED = ("q_rot", "k_rot")
 GATED = ("expert.gate", "expert.up")
 EXPERTS = (*GATED, "expert.act", "expert.down")
 KERNELS = ("q", "k", "v", "attn_out", "router_logits", *GATED, "expert.down", "moe_out")
+PROJECTED = ("q", "k", "v", "attn_out", "router_logits", *GATED, "expert.down", "logits")
 FLOAT32, BOTH = ("float32",), ("float32", "bfloat16")
 
 
@@ -140,13 +141,13 @@ def _another_k(block: Block) -> Iterable[Change]:
     yield _configured(f"top {found} for top {own}", num_experts_per_tok=found)
 
 
-def _low_matmul(cast: Callable[[Array], Array], name: str) -> Change:
-    ops = {
-        "project": faulty.project_rounded(cast),
-        "scores": faulty.scores_rounded(cast),
-        "mix": faulty.mix_rounded(cast),
-    }
-    return Change(f"factors of every product rounded to {name}", ops)
+def _low_matmul(cast: Callable[[Array], Array], name: str) -> tuple[Change, Change]:
+    project = {"project": faulty.project_rounded(cast)}
+    attention = {"scores": faulty.scores_rounded(cast), "mix": faulty.mix_rounded(cast)}
+    return (
+        Change(f"factors of every product rounded to {name}", project | attention),
+        Change(f"factors of every projection rounded to {name}", project, at=PROJECTED),
+    )
 
 
 HYPOTHESES = (
@@ -269,7 +270,7 @@ HYPOTHESES = (
     Hypothesis(
         "softmax-low-precision",
         "attention's softmax in bfloat16",
-        ("attn_context",),
+        ("attn_probs", "attn_context"),
         _always(
             _op("attention_softmax", "every step in bfloat16", faulty.softmax_in_bfloat16),
             _op("attention_softmax", "every step but the sum in bfloat16", faulty.softmax_with_wide_sum),
@@ -380,8 +381,8 @@ HYPOTHESES = (
     Hypothesis(
         "matmul-low-precision",
         "every product's factors rounded; gone at the highest precision",
-        ("q", "k", "v", "attn_context", "attn_out", "router_logits", *GATED, "expert.down", "logits"),
-        _always(_low_matmul(to_bfloat16, "bfloat16"), _low_matmul(faulty.to_tf32, "ten bits")),
+        ("q", "k", "v", "attn_context", *PROJECTED[3:]),
+        _always(*_low_matmul(to_bfloat16, "bfloat16"), *_low_matmul(faulty.to_tf32, "ten bits")),
         dtypes=FLOAT32,
         rounding=True,
     ),

@@ -6,20 +6,22 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from itertools import count
 from types import ModuleType
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 from unittest import mock
 
 import jax
 
 from flax_mixtral.config import MixtralConfig
+from flax_mixtral.experts import expert
 from parity.decoding import Decoded
 from parity.metrics import Precision
 from parity.port import Port
+from parity.sides import Keeping, Operations, Side
 from parity.sides.flax import FlaxSide, run_block
 from parity.sides.flax_operations import block_operations, expert_operations
 from parity.trace import Array, Batch, Trace
 
-__all__ = ["Fault", "Functions", "Weights", "planted", "replaced"]
+__all__ = ["Fault", "Functions", "Need", "Scene", "Weights", "planted", "replaced"]
 
 Weights = Mapping[str, Array]
 Functions = tuple[tuple[Callable[..., Any], Callable[..., Any]], ...]
@@ -29,6 +31,26 @@ NUMBERS = count(1)
 
 def _same_leaf(config: MixtralConfig, weights: Weights, leaf: str) -> Array:
     return weights[leaf]
+
+
+class Scene(NamedTuple):
+    """What a fault is to be planted into.
+
+    Args:
+        config: the model's.
+        ties: tokens of the inputs whose last expert ties exactly, at the layer in question.
+    """
+
+    config: MixtralConfig
+    ties: int
+
+
+@dataclass(frozen=True, slots=True)
+class Need:
+    """What a model or its inputs must have for a fault to exist."""
+
+    says: str
+    met: Callable[[Scene], bool]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,7 +67,7 @@ class Fault:
         functions: pairs of a function of flax_mixtral and what takes its place, for a configuration.
         batch: changes what the side is fed.
         trace: changes what the side records, in place; the side is there to compute with.
-        applies: whether a configuration can have the fault at all.
+        needs: without which there is nothing to plant; None where every model can have it.
         unchecked: whether "unchecked" is the right verdict, there being nothing to compare.
         fixed_layer: the layer that shows a fault of the whole model, where it is not the embedding or the head.
     """
@@ -59,9 +81,13 @@ class Fault:
     functions: Callable[[MixtralConfig], Functions] = lambda config: ()
     batch: Callable[[Batch], Batch] = lambda batch: batch
     trace: Callable[[Trace, FlaxSide, Batch], None] = lambda trace, side, batch: None
-    applies: Callable[[MixtralConfig], bool] = lambda config: True
+    needs: Need | None = None
     unchecked: bool = False
     fixed_layer: int | None = None
+
+    def lacks(self, scene: Scene) -> str | None:
+        """Say what is missing for the fault to exist, or None."""
+        return None if self.needs is None or self.needs.met(scene) else self.needs.says
 
 
 def planted(fault: Fault, layer: int) -> Callable[[Port], Port]:
@@ -72,7 +98,11 @@ def planted(fault: Fault, layer: int) -> Callable[[Port], Port]:
         weights = port.weights
         if fault.weights is not _same_leaf:
             weights = PlantedWeights(fault, port.config, weights, where)
-        return replace(port, weights=weights, side=lambda config, weights: _PlantedSide(fault, layer, config, weights))
+        return replace(
+            port,
+            weights=weights,
+            side=lambda config, weights: _PlantedSide(fault, layer, config, weights, port.side(config, weights)),
+        )
 
     return change
 
@@ -121,20 +151,32 @@ class _FaultySide(FlaxSide):
 
     def __init__(self, fault: Fault, config: MixtralConfig, weights: Weights):
         super().__init__(fault.config(config), weights)
-        if fault.functions(
-            config
-        ):  # functions of its own, since jit finds the healthy side's compilation by the function
+        if fault.functions(config):
+            # Functions of its own, since jit finds the sound side's compilation by the function.
             self._run_block = jax.jit(lambda *given: run_block(*given))
+            self._run_expert = jax.jit(
+                lambda x_RD, gate_DF, up_DF, down_FD, hidden_act: expert(x_RD, gate_DF, up_DF, down_FD, hidden_act),
+                static_argnames="hidden_act",
+            )
             self._run_operations = jax.jit(lambda *given: block_operations(*given))
             self._run_expert_operations = jax.jit(lambda *given: expert_operations(*given), static_argnums=3)
 
 
 class _PlantedSide(FlaxSide):
-    """The Flax side with a fault in one layer, in the head, or in what the whole model is fed."""
+    """The Flax side with a fault in one layer, in the head, or in what the whole model is fed.
 
-    def __init__(self, fault: Fault, layer: int, config: MixtralConfig, weights: Weights):
+    Args:
+        fault: what is planted.
+        layer: where, if it is a fault of one layer; all others are `sound`'s.
+        config: the model's.
+        weights: as the fault has them.
+        sound: the port's own side.
+    """
+
+    def __init__(self, fault: Fault, layer: int, config: MixtralConfig, weights: Weights, sound: Side):
         super().__init__(config, weights)
-        self._fault, self._layer, self._functions = fault, layer, fault.functions(config)
+        self._fault, self._layer, self._sound = fault, layer, sound
+        self._functions = fault.functions(config)
         # Compiled steps of `generate` are found by the model's configuration: each faulty model has one of its own.
         unlike = replace(config, initializer_range=float(next(NUMBERS))) if fault.place == "cache" else config
         self._faulty = _FaultySide(fault, unlike, weights)
@@ -145,8 +187,10 @@ class _PlantedSide(FlaxSide):
 
     def block(self, layer: int, x_BTD: Array, batch: Batch, routing: Array | None = None) -> Trace:
         """See `Side.block`."""
-        if layer != self._layer or self._fault.place != "layer":
+        if self._fault.place != "layer":
             return super().block(layer, x_BTD, batch, routing)
+        if layer != self._layer:
+            return self._sound.block(layer, x_BTD, batch, routing)
         with replaced(self._functions):
             trace = self._faulty.block(layer, x_BTD, self._fault.batch(batch), routing)
         self._fault.trace(trace, self._faulty, batch)
@@ -156,11 +200,16 @@ class _PlantedSide(FlaxSide):
         """See `Keeping.done`."""
         super().done(layer)
         self._faulty.done(layer)
+        if isinstance(self._sound, Keeping):
+            self._sound.done(layer)
 
     def operations(self, layer: int, x_BTD: Array, given: Trace, batch: Batch) -> Trace:
         """See `Operations.operations`."""
-        if layer != self._layer or self._fault.place != "layer":
+        if self._fault.place != "layer":
             return super().operations(layer, x_BTD, given, batch)
+        if layer != self._layer:
+            assert isinstance(self._sound, Operations), f"{self._sound.name} runs no single operations"
+            return self._sound.operations(layer, x_BTD, given, batch)
         with replaced(self._functions):
             trace = self._faulty.operations(layer, x_BTD, given, self._fault.batch(batch))
         self._fault.trace(trace, self._faulty, batch)
@@ -168,6 +217,8 @@ class _PlantedSide(FlaxSide):
 
     def head(self, x_BTD: Array, batch: Batch) -> Trace:
         """See `Side.head`."""
+        if self._fault.place == "layer":
+            return self._sound.head(x_BTD, batch)
         if self._fault.place != "head":
             return super().head(x_BTD, batch)
         with replaced(self._functions):

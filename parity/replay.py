@@ -12,7 +12,7 @@ import numpy as np
 
 from flax_mixtral.config import MixtralConfig
 from parity.oracle import EXACT, Ops, Oracle
-from parity.points import block_points
+from parity.points import POINTS, block_points
 from parity.trace import Array, Batch, Trace
 
 __all__ = ["BASE_OPS", "Block", "block_names", "compute", "kind_of", "rounded", "to_bfloat16"]
@@ -82,8 +82,12 @@ def compute(block: Block, point: str) -> Array:
 
 
 def block_names(config: MixtralConfig) -> Iterator[str]:
-    """Walk the points that `compute` knows, in the order of computation."""
-    yield from (name for name, _ in block_points(config) if name != "lens")
+    """Walk the points that `compute` knows, in the order of computation; those inside attention are rarely recorded."""
+    for name, _ in block_points(config):
+        if name == "attn_context":
+            yield from (point.name for point in POINTS if point.place == "operation")
+        if name != "lens":
+            yield name
 
 
 def kind_of(point: str) -> str:
@@ -97,11 +101,18 @@ def _rotated(block: Block, point: str) -> Array:
     return ops.rotate(block.fed(point), *ops.tables(frequencies_P, factor, positions_BT))
 
 
+def _scores(block: Block) -> Array:
+    keys_BSNH = block.ops.repeat(block.fed("k_rot"), block.config.num_attention_heads)
+    return block.ops.scores(block.fed("q_rot"), keys_BSNH)
+
+
+def _probs(block: Block) -> Array:
+    visible_BTS = block.ops.visible(block.batch, block.config.sliding_window)
+    return block.ops.attention_softmax(block.fed("attn_scores"), visible_BTS)
+
+
 def _context(block: Block) -> Array:
-    ops, heads = block.ops, block.config.num_attention_heads
-    scores_BNTS = ops.scores(block.fed("q_rot"), ops.repeat(block.fed("k_rot"), heads))
-    weights_BNTS = ops.attention_softmax(scores_BNTS, ops.visible(block.batch, block.config.sliding_window))
-    return ops.mix(weights_BNTS, ops.repeat(block.fed("v"), heads))
+    return block.ops.mix(block.fed("attn_probs"), block.ops.repeat(block.fed("v"), block.config.num_attention_heads))
 
 
 def _heads(name: str) -> Callable[[Block], Array]:
@@ -184,6 +195,8 @@ OPERATIONS: dict[str, Callable[[Block], Array]] = {
     **{name: _heads(name) for name in ("q", "k", "v")},
     "q_rot": lambda block: _rotated(block, "q"),
     "k_rot": lambda block: _rotated(block, "k"),
+    "attn_scores": _scores,
+    "attn_probs": _probs,
     "attn_context": _context,
     "attn_out": _attn_out,
     "resid_mid": lambda block: block.ops.residual(_wide(block.x_BTD), block.fed("input_norm"), block.fed("attn_out")),

@@ -144,6 +144,8 @@ class Result:
             ],
             "excused": sum(flip.excused for flip in routing.flips),
             "min_margin": _jsonable(routing.min_margin),
+            "ties": routing.ties,
+            "misbroken_ties": len(routing.misbroken),
             "median_margin": _jsonable(routing.median_margin),
             "load": list(routing.load),
         }

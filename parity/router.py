@@ -49,6 +49,8 @@ class LayerRouting:
         min_margin: the oracle's smallest margin between rank A and A + 1.
         median_margin: the same margin of the median token.
         load: real tokens of each expert on the torch side.
+        ties: tokens where Flax's own probabilities at rank A and A + 1 are equal.
+        misbroken: those of them that did not go to the lowest of the equal experts.
     """
 
     tokens: int
@@ -56,6 +58,8 @@ class LayerRouting:
     min_margin: float
     median_margin: float
     load: tuple[int, ...]
+    ties: int = 0
+    misbroken: tuple[int, ...] = ()
 
     @property
     def agreement(self) -> float:
@@ -94,7 +98,25 @@ def compare_routing(torch: Trace, flax: Trace, oracle: Trace, batch: Batch) -> L
     )
     load = np.bincount(torch_MA[real].reshape(-1), minlength=exact_ME.shape[1])
     least, median = (float(pick(margin_M[real])) if real.any() else float("nan") for pick in (np.min, np.median))
-    return LayerRouting(int(real.sum()), flips, least, median, tuple(map(int, load)))
+    ties, misbroken = _ties(flax, real)
+    return LayerRouting(int(real.sum()), flips, least, median, tuple(map(int, load)), ties, misbroken)
+
+
+def _ties(flax: Trace, real_M: Array) -> tuple[int, tuple[int, ...]]:
+    """Count Flax's exact ties at the last place, and list those that it broke otherwise than `jax.lax.top_k` does.
+
+    torch.topk promises no order, so torch cannot be the judge of this: Flax's ids are held against its own
+    probabilities, from which they were chosen. A side that does not give them is not asked.
+    """
+    probs_ME, ids_MA = flax.arrays.get("router_probs"), flax["router_ids"]
+    A = ids_MA.shape[1]
+    if probs_ME is None or probs_ME.ndim != 2 or len(probs_ME) != len(ids_MA) or probs_ME.shape[1] <= A:
+        return 0, ()
+    order_ME = np.argsort(-probs_ME.astype(np.float64), axis=1, kind="stable")
+    last_M2 = np.take_along_axis(probs_ME, order_ME[:, A - 1 : A + 1], axis=1)
+    tied_M = (last_M2[:, 0] == last_M2[:, 1]) & real_M
+    wrong_M = tied_M & (np.sort(order_ME[:, :A], axis=1) != np.sort(ids_MA, axis=1)).any(axis=1)
+    return int(tied_M.sum()), tuple(map(int, np.flatnonzero(wrong_M)))
 
 
 def rerouted(torch: Trace, flax: Trace, batch: Batch) -> Array:

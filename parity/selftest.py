@@ -13,16 +13,17 @@ from parity.faults import FAULTS
 from parity.inputs import Suite, suite
 from parity.metrics import Precision
 from parity.oracle import Oracle
-from parity.planting import Fault, planted
+from parity.planting import Fault, Scene, planted
 from parity.port import Port
 from parity.result import Divergence, Result
+from parity.sides.flax import FlaxSide
 from parity.sides.remembering import Remembering
 from parity.sides.torch_hf import TorchSide
 from parity.trace import Batch
 from parity.walk import Sides, Walk
 from parity.weights import Difference, Rounded, compare_configs, compare_weights
 
-__all__ = ["Alarm", "Trial", "passed", "selftest", "steps", "to_json"]
+__all__ = ["Absent", "Alarm", "Row", "Trial", "passed", "selftest", "steps", "to_json"]
 
 
 NAMED_SHARE = 0.95
@@ -67,8 +68,20 @@ class Alarm:
     margin: float
 
 
+@dataclass(frozen=True, slots=True)
+class Absent:
+    """A fault that this model, or these inputs, cannot have, and what it would need."""
+
+    slug: str
+    dtype: Precision
+    needs: str
+
+
+Row = Trial | Alarm | Absent
+
+
 class Court:
-    """One checkpoint, one dtype and the reference, which is computed once for all trials.
+    """One checkpoint, one dtype, and the reference and the unchanged port, which are computed once for all trials.
 
     Args:
         source: the checkpoint.
@@ -81,10 +94,15 @@ class Court:
         self._leaves = source.view("flax")
         self._torch: dict[tuple[str, str], Remembering] = {}
         self._oracle = Remembering(Oracle(source.config, Rounded(source.view("hf-legacy"), dtype)))
+        self._flax = Remembering(FlaxSide(source.config, Rounded(self._leaves, dtype)))
+        self._routing = self.examine(lambda port: port).routing
+        # What follows a fault is new to every side each time, and would fill the memory.
+        self._flax.learns = False
 
     def examine(self, change: Callable[[Port], Port], attention: str = ATTENTION, experts: str = EXPERTS) -> Result:
         """Run the walk on a changed port."""
-        port = change(Port(self.source.config, self._leaves))
+        unchanged: Any = self._flax  # FlaxSide answers every call, which the type of what remembers it does not say
+        port = change(Port(self.source.config, self._leaves, side=lambda config, weights: unchanged))
         differences: list[Difference] = compare_configs(self.source.config, port.config)
         if port.weights is not self._leaves:
             differences += compare_weights(self._leaves, port.weights, lambda leaf: None)[1]
@@ -96,6 +114,10 @@ class Court:
         legacy = Rounded(self.source.view("hf-legacy"), self.dtype)
         causes = name_causes(self.source.config, differences, leaves, findings, walk.suspect, legacy)
         return Result(findings, walk.routing, differences, 0, (), self.dtype, {}, {}, {}, causes)
+
+    def ties(self, layer: int) -> int:
+        """Count the tokens whose last expert ties exactly in one layer of the unchanged port."""
+        return sum(compared.ties for key, compared in self._routing.items() if key[:2] == (layer, "local"))
 
     def _reference(self, attention: str, experts: str) -> Remembering:
         if (attention, experts) not in self._torch:
@@ -120,8 +142,8 @@ def selftest(
     faults: Sequence[Fault] = FAULTS,
     controls: Sequence[Control] = CONTROLS,
     layer: int | None = None,
-) -> Iterator[Trial | Alarm]:
-    """Plant every fault that a configuration can have, and run every control.
+) -> Iterator[Row]:
+    """Plant every fault that the model can have, and run every control.
 
     Args:
         source: the checkpoint.
@@ -133,7 +155,7 @@ def selftest(
         layer: where faults of one layer go; the middle one unless given.
 
     Yields:
-        One verdict on each, as soon as it is there.
+        One row for each, as soon as it is there.
     """
     config = source.config
     where = config.num_hidden_layers // 2 if layer is None else layer
@@ -143,18 +165,20 @@ def selftest(
         for control in controls:
             result = court.examine(control.change, control.attention, control.experts)
             yield Alarm(control.slug, dtype, result.verdict != "pass", _at(result), _worst(result))
+        scene = Scene(config, court.ties(where))
         for fault in faults:
-            if dtype in fault.dtypes and fault.applies(config):
-                yield _try(court, fault, where, config)
+            if dtype not in fault.dtypes:
+                continue
+            lacking = fault.lacks(scene)
+            yield _try(court, fault, where, config) if lacking is None else Absent(fault.slug, dtype, lacking)
 
 
-def steps(config: MixtralConfig, dtypes: Sequence[Precision]) -> int:
+def steps(dtypes: Sequence[Precision]) -> int:
     """Count the rows of a selftest of everything."""
-    planted_rows = sum(dtype in fault.dtypes and fault.applies(config) for dtype in dtypes for fault in FAULTS)
-    return planted_rows + len(dtypes) * len(CONTROLS)
+    return sum(dtype in fault.dtypes for dtype in dtypes for fault in FAULTS) + len(dtypes) * len(CONTROLS)
 
 
-def passed(rows: Sequence[Trial | Alarm]) -> bool:
+def passed(rows: Sequence[Row]) -> bool:
     """Say whether every fault was found and placed, 95 % of them named first, and nothing else accused."""
     trials = [row for row in rows if isinstance(row, Trial)]
     accused = any(row.false_alarm for row in rows if isinstance(row, Alarm))
@@ -198,6 +222,6 @@ def _kind(point: str) -> str:
     return f"expert.{parts[2]}" if parts[0] == "expert" else point
 
 
-def to_json(row: Trial | Alarm) -> dict[str, Any]:
+def to_json(row: Row) -> dict[str, Any]:
     """Give a row as JSON holds it."""
     return asdict(row)

@@ -43,6 +43,12 @@ class Batch:
         """[M] bool: the same, token by token."""
         return self.real_BT.reshape(-1)
 
+    @property
+    def pairs_BTS(self) -> npt.NDArray[np.bool_]:
+        """[B, T, T] bool: the pairs of a real query and a real key that is not later."""
+        real_BT = self.real_BT
+        return np.tril(real_BT[:, :, None] & real_BT[:, None, :])
+
 
 @dataclass(slots=True)
 class Trace:

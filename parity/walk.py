@@ -48,6 +48,8 @@ class Stream:
     oracle_BTD: Array | None
     flipped_M: Array
     """Tokens that any layer so far routed differently in the propagated stream."""
+    routing_known: bool = True
+    """Whether every side has said so far how it routed in the propagated stream."""
     router_logits: dict[str, list[Array]] = field(default_factory=lambda: {"torch": [], "flax": [], "oracle": []})
     torch_logits: Array | None = None
     oracle_logits: Array | None = None
@@ -150,7 +152,8 @@ class Walk:
     def _block(self, layer: int, stream: Stream, torch: Trace) -> Iterator[Finding]:
         batch = stream.batch
         local = self._beside(torch, layer, "local", batch, stream.torch_BTD, stream.torch_BTD)
-        findings = list(self._judge_block(layer, "local", batch, local))
+        routing_known = local.routing is not None
+        findings = list(self._judge_block(layer, "local", batch, local, routing_known=routing_known))
         yield from findings
         replayable = stream.torch_BTD is not None and self.detail == ALL
         if self.suspect is None and replayable and _blamed(findings):
@@ -161,7 +164,8 @@ class Walk:
         if self.dtype == "bfloat16" and (torch.thinned or "attn_probs" in torch.arrays):
             yield from self._operations(layer, stream, local)
         own = self._beside(torch, layer, "propagated", batch, stream.flax_BTD, stream.oracle_BTD)
-        yield from self._judge_block(layer, "propagated", batch, own)
+        stream.routing_known &= own.routing is not None
+        yield from self._judge_block(layer, "propagated", batch, own, routing_known=stream.routing_known)
         self._note_drift(layer, batch, *(trace.arrays.get("lens") for trace in own.traces[:2]))
         torch_BTD, flax_BTD, oracle_BTD = (trace.arrays.get("resid_out") for trace in own.traces)
         stream.torch_BTD, stream.flax_BTD, stream.oracle_BTD = torch_BTD, _usable(flax_BTD, torch_BTD), oracle_BTD
@@ -188,13 +192,9 @@ class Walk:
         yield from findings
         if self.suspect is None and _blamed(findings) and stream.torch_BTD is not None:
             first = next(finding.point for finding in findings if finding.verdict == "fail")
-            flax: Trace = found
-            inputs: Trace | None = torch
-            if BY_NAME.get(first, BY_NAME["embed"]).place == "operation":  # inside attention: replayed as a whole
-                flax, inputs, first = local.traces[1], None, "attn_context"
             routing = torch["router_ids"]
             self.suspect = Suspect(
-                layer, stream.batch, stream.torch_BTD, torch, flax, self.dtype, routing, inputs, first
+                layer, stream.batch, stream.torch_BTD, torch, found, self.dtype, routing, torch, first
             )
 
     def _judge_operation(
@@ -206,7 +206,8 @@ class Walk:
         if len({None if array is None else array.shape for array in arrays}) > 1:
             return judge(name, point, place, *arrays)
         # Hidden keys have no part, and padding is no query.
-        seen = [None if array is None else array[_seen(stream.batch, array)][:, None] for array in arrays]
+        pairs_BTS = stream.batch.pairs_BTS
+        seen = [None if array is None else array.swapaxes(0, 1)[:, pairs_BTS].reshape(-1, 1) for array in arrays]
         return judge(name, point, place, *seen)
 
     def _place(self, layer: int | None, mode: Mode, batch: Batch) -> Place:
@@ -250,7 +251,9 @@ class Walk:
                 trace.arrays["lens"] = (self.detail.thin(lens, batch) if trace.thinned else lens)["lens"]
         return trace
 
-    def _judge_block(self, layer: int, mode: Mode, batch: Batch, compared: Compared) -> Iterator[Finding]:
+    def _judge_block(
+        self, layer: int, mode: Mode, batch: Batch, compared: Compared, *, routing_known: bool
+    ) -> Iterator[Finding]:
         traces, routing = compared.traces, compared.routing
         torch, flax, oracle = (self.detail.thin(trace, batch) for trace in traces)
         thinned = (torch, flax, oracle)
@@ -269,9 +272,9 @@ class Walk:
                 recorded = self.detail.roundoff(name)
                 finding = judge(name, point, place, *arrays, rows=rows, recorded_roundoff=recorded)
                 finding = self.detail.weigh(finding)
-                if routing is None and self.dtype == "bfloat16" and finding.verdict == "fail":
+                if not routing_known and self.dtype == "bfloat16" and finding.verdict == "fail":
                     # A benign flip would do the same, and whether there was one is not known.
-                    reason = f"{finding.reason}; a side does not say how it routed"
+                    reason = f"{finding.reason}; a side does not say how it routed here or before"
                     finding = replace(finding, verdict="unchecked", reason=reason)
                 yield finding
 
@@ -360,16 +363,16 @@ def _judge_routing(name: str, place: Place, routing: LayerRouting | None) -> Fin
             f"token {worst.token}: torch {worst.torch_ids}, Flax {worst.flax_ids}, margin {worst.margin:.3g} at a "
             f"logit error of {worst.logit_error:.3g}",
         )
+    if routing.misbroken:
+        return place.finding(
+            name,
+            "fail",
+            f"{len(routing.misbroken)} of {routing.ties} exact ties of Flax's own probabilities do not go to the "
+            f"lowest of the equal experts, as jax.lax.top_k has it; first token {routing.misbroken[0]}",
+        )
     if routing.flips:
         return place.finding(name, "pass", f"{len(routing.flips)} of {routing.tokens} tokens flipped within rounding")
     return place.finding(name, "pass")
-
-
-def _seen(batch: Batch, scores_BNTS: Array) -> Array:
-    """Mark the pairs of a real query and an earlier real key: [B, N, T, S] bool."""
-    real_BT = batch.real_BT
-    pairs_BTS = np.tril(real_BT[:, :, None] & real_BT[:, None, :])
-    return np.broadcast_to(pairs_BTS[:, None], scores_BNTS.shape)
 
 
 def _real_rows(point: Point, batch: Batch) -> Array | None:

@@ -48,13 +48,13 @@ def selftest(
     """
     from convert import Checkpoint
     from parity.drawn import draw
-    from parity.selftest import Alarm, Trial, passed, steps, to_json
+    from parity.selftest import Row, passed, steps, to_json
     from parity.selftest import selftest as run_selftest
 
     with tempfile.TemporaryDirectory() as folder, progress_bar() as progress:
         source = Checkpoint.open(checkpoint if checkpoint is not None else draw(Path(folder) / "drawn", seed=seed))
-        rows: list[Trial | Alarm] = []
-        total = steps(source.config, dtypes)
+        rows: list[Row] = []
+        total = steps(dtypes)
         progress("first compilations", 0, total)
         for row in run_selftest(source, dtypes=dtypes, inputs=suite, seed=seed):
             rows.append(row)

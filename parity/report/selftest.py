@@ -6,12 +6,12 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from parity.selftest import Alarm, Trial
+from parity.selftest import Absent, Alarm, Row, Trial
 
 __all__ = ["render"]
 
 
-def render(rows: Sequence[Trial | Alarm]) -> RenderableType:
+def render(rows: Sequence[Row]) -> RenderableType:
     """Show one line for each fault and control, and the sums."""
     trials = [row for row in rows if isinstance(row, Trial)]
     alarms = [row for row in rows if isinstance(row, Alarm)]
@@ -31,6 +31,8 @@ def render(rows: Sequence[Trial | Alarm]) -> RenderableType:
     for alarm in alarms:
         verdict = Text("false alarm", style="red") if alarm.false_alarm else Text("silent", style="green")
         table.add_row(alarm.slug, alarm.dtype, verdict, "", "", alarm.at, f"{alarm.margin:.3g}")
+    for absent in (row for row in rows if isinstance(row, Absent)):
+        table.add_row(absent.slug, absent.dtype, Text(f"not planted: needs {absent.needs}", style="yellow"))
     found, placed = sum(trial.found for trial in trials), sum(trial.placed for trial in trials)
     named = sum(trial.named for trial in trials)
     false = sum(alarm.false_alarm for alarm in alarms)

@@ -10,7 +10,7 @@ from flax_mixtral.activations import activate
 from flax_mixtral.attention import attention_probs, attention_scores, mix_values
 from flax_mixtral.decoder import Context, DecoderBlock
 from flax_mixtral.experts import weighted
-from flax_mixtral.moe import router_probs, weigh
+from flax_mixtral.moe import jitter, router_probs, weigh
 from flax_mixtral.projection import project
 from flax_mixtral.rope import rotate
 from parity.trace import Array, Trace, routed
@@ -30,7 +30,7 @@ def block_operations(block: DecoderBlock, x_BTD: jax.Array, given: Given, contex
         context: rotations and visible keys.
     """
     attention, D = block.attention, x_BTD.shape[-1]
-    x_MD = given["post_attn_norm"].reshape(-1, D)
+    x_MD = jitter(given["post_attn_norm"], block.moe.jitter_noise, key=None).reshape(-1, D)
     return {
         "input_norm": block.input_norm(x_BTD),
         "q": project("BTD,DNH->BTNH", given["input_norm"], attention.q.kernel[...]),

@@ -272,8 +272,8 @@ def test_another_order_among_ties_is_named(scene: Callable[..., Scene]) -> None:
     def highest(probs_ME: Array, count: int) -> Array:
         return np.lexsort((-np.arange(5)[None].repeat(len(probs_ME), 0), -probs_ME), axis=-1)[:, :count]
 
-    assert case.causes(case.fake(), point="router_ids")[0].fault == "unknown"
-    assert case.causes(case.fake(choose=highest), point="router_ids")[0].fault == "router-tie-break"
+    assert case.causes(case.fake()) == []
+    assert [cause.fault for cause in case.causes(case.fake(choose=highest))] == ["router-tie-break"]
 
 
 def test_the_final_norm_inside_the_last_block_is_named(scene: Callable[..., Scene]) -> None:

@@ -16,7 +16,7 @@ from parity.faults import FAULTS, planted
 from parity.metrics import Precision
 from parity.result import Divergence
 from parity.runner import run
-from parity.selftest import passed, selftest
+from parity.selftest import Absent, Alarm, Trial, passed, selftest
 from tests.checkpoints import write_checkpoint
 
 LAYERS = 4
@@ -24,9 +24,11 @@ COURTS = {
     "default": (DEFAULT, False),
     "twelve-layers": (replace(DEFAULT, num_hidden_layers=12, sliding_window=None), False),
     "sixteen-experts": (replace(DEFAULT, num_local_experts=16, num_experts_per_tok=4, head_dim=16), False),
-    "exact-ties": (replace(DEFAULT, num_local_experts=6), True),
+    "exact-ties": (replace(DEFAULT, num_local_experts=6, num_experts_per_tok=3), True),
 }
 """More than ten layers; many experts, and a square query kernel; exact ties; the default has a window."""
+TIES = replace(DEFAULT, num_hidden_layers=2, num_experts_per_tok=3)
+"""Experts tie in pairs: only an odd number of them makes a tie at the last place."""
 SIX = (
     "w1-w3-swapped",
     "rope-interleaved",
@@ -86,6 +88,23 @@ def test_the_whole_selftest(name: str, seed: int, tmp_path: Path) -> None:
     source = Checkpoint.open(draw(tmp_path / "drawn", config, seed=seed, tied_routers=tied_routers))
     rows = list(selftest(source, seed=seed))
     assert passed(rows), [row for row in rows if not passed([row])]
+
+
+def test_a_fault_that_a_model_cannot_have_is_not_planted(checkpoint: Path) -> None:
+    faults = [BY_SLUG[slug] for slug in ("layers-sorted-as-strings", "router-tie-break")]
+    rows = list(selftest(Checkpoint.open(checkpoint), dtypes=["float32"], inputs="quick", faults=faults, controls=()))
+    assert rows == [
+        Absent("layers-sorted-as-strings", "float32", "more than 10 layers"),
+        Absent("router-tie-break", "float32", "router probabilities that tie exactly"),
+    ]
+
+
+def test_ties_are_found_where_routers_tie_and_their_order_is_judged(tmp_path: Path) -> None:
+    source = Checkpoint.open(draw(tmp_path / "drawn", TIES, tied_routers=True))
+    faults = [BY_SLUG["router-tie-break"]]
+    rows = list(selftest(source, dtypes=["float32"], inputs="quick", faults=faults, controls=CONTROLS[:1]))
+    assert [type(row) for row in rows] == [Alarm, Trial]
+    assert passed(rows), rows
 
 
 def test_every_fault_has_a_name_of_its_own() -> None:

@@ -55,6 +55,20 @@ def test_exact_ties_are_marked_and_excused() -> None:
     assert found.flips[0].excused
 
 
+def _with_probs(ids: Array, probs: Array) -> Trace:
+    return Trace({"router_logits": EXACT, "router_ids": ids, "router_probs": probs.astype(np.float32)})
+
+
+@pytest.mark.parametrize(("ids", "misbroken"), [([0, 1], ()), ([0, 2], (3,))])
+def test_an_exact_tie_goes_to_the_lowest_expert(ids: list[int], misbroken: tuple[int, ...]) -> None:
+    chosen = IDS.copy()
+    chosen[3] = ids
+    tied = np.array([[0.4, 0.3, 0.3, 0], [0.4, 0.35, 0.25, 0], [0.4, 0.35, 0.25, 0], [0.4, 0.3, 0.3, 0]])
+    found = compare_routing(_trace(EXACT, chosen), _with_probs(chosen, tied), _trace(EXACT, IDS), BATCH)
+    assert found.ties == 1, "the first token is padding"
+    assert found.misbroken == misbroken
+
+
 def test_every_expert_chosen_cannot_flip() -> None:
     ids = np.tile(np.arange(4), (4, 1))
     found = compare_routing(_trace(EXACT, ids), _trace(EXACT, ids[:, ::-1]), _trace(EXACT, ids), BATCH)
