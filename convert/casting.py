@@ -69,6 +69,10 @@ def count_non_finite(bits: NDArray[Any], dtype: np.dtype[Any]) -> int:
     """Count NaN and infinite values among the bits of floating-point values; 0 for a dtype that is not followed."""
     if dtype.name not in EXPONENTS or not bits.size:
         return 0
-    mask = bits.dtype.type(EXPONENTS[dtype.name])
-    exponents = bits & mask
-    return int(np.count_nonzero(exponents == mask)) if exponents.max() == mask else 0
+    infinity = EXPONENTS[dtype.name]
+    sign = 1 << (8 * bits.itemsize - 1)
+    # As integers, what is not finite comes last: among the positive values, and among all.
+    if bits.view(f"i{bits.itemsize}").max() < infinity and bits.max() < sign | infinity:
+        return 0
+    mask = bits.dtype.type(infinity)
+    return int(np.count_nonzero(bits & mask == mask))

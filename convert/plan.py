@@ -3,6 +3,7 @@
 Imports the standard library, NumPy and convert's tables and checkpoint.
 """
 
+import heapq
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatch
@@ -25,8 +26,8 @@ MAX_SHARD_BYTES = 5_000_000_000
 
 CONTAINERS = ("safetensors", "orbax")
 
-WORKERS = 2
-"""Threads that move tensors. Writing to one file goes one at a time, and a third thread only waited for it."""
+WORKERS = 3
+"""Threads that move tensors: while one waits for the disk, two compute."""
 
 HELD_BLOCKS = 8 * WORKERS
 """A block, its copies, and room for what a memory allocator keeps."""
@@ -98,7 +99,8 @@ class Plan:
     @property
     def peak_bytes(self) -> int:
         """Bound the memory that moving takes: what each thread's piece shows of its file, and its blocks."""
-        return WORKERS * max(tensor.piece_bytes for tensor in self.tensors) + HELD_BLOCKS * BLOCK_BYTES
+        pieces = heapq.nlargest(WORKERS, (tensor.piece_bytes for tensor in self.tensors))
+        return sum(pieces) + HELD_BLOCKS * BLOCK_BYTES
 
     def to_json(self) -> dict[str, Any]:
         """Give the plan as JSON holds it."""

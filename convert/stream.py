@@ -4,6 +4,7 @@ Imports the standard library, NumPy, and convert's plan and writer.
 """
 
 import hashlib
+import mmap
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
@@ -17,7 +18,7 @@ from convert.casting import Loss, cast, count_non_finite
 from convert.io.safetensors import Writer
 from convert.manifest import Journal, Written
 from convert.plan import WORKERS, PlannedFile, PlannedTensor
-from convert.transpose import blocks, contiguous
+from convert.transpose import BLOCK_BYTES, blocks, contiguous
 
 __all__ = ["Progress", "Stream", "Supply"]
 
@@ -54,6 +55,7 @@ class Stream:
     done_bytes: int = 0
     _lock: threading.Lock = field(default_factory=threading.Lock)
     _stop: threading.Event = field(default_factory=threading.Event)
+    _own: threading.local = field(default_factory=threading.local)
 
     def write(self, writer: Writer, file: PlannedFile) -> None:
         """Write every tensor of a file, but those that are in their places already."""
@@ -80,7 +82,7 @@ class Stream:
                 if self._stop.is_set():
                     raise _Stopped
                 values, lost = (block, Loss()) if self.dtype is None else cast(block, self.dtype)
-                bits = contiguous(values).reshape(-1)
+                bits = contiguous(values, self._buffer(values.nbytes)).reshape(-1)
                 data = bits.view(np.uint8)
                 digest.update(data.data)
                 writer.write(tensor.name, at, data)
@@ -94,6 +96,13 @@ class Stream:
         with self._lock:
             self.journal.add(tensor.name, Written(digest.hexdigest(), loss, non_finite))
         self._advance(tensor, last_bytes)
+
+    def _buffer(self, nbytes: int) -> NDArray[np.uint8]:
+        """Give this thread's own memory, which begins with a page; what it held before is gone."""
+        held: NDArray[np.uint8] | None = getattr(self._own, "buffer", None)
+        if held is None or held.size < nbytes:
+            held = self._own.buffer = np.frombuffer(mmap.mmap(-1, max(nbytes, BLOCK_BYTES)), np.uint8)
+        return held
 
     def _is_there(self, writer: Writer, tensor: PlannedTensor) -> bool:
         claimed = self.journal.written.get(tensor.name)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from convert import BadDestination, convert
-from convert.casting import CASTS, cast
+from convert.casting import CASTS, cast, count_non_finite
 from tests.checkpoints import write_checkpoint
 from tests.convert.edit import edit_tensors, stored
 
@@ -148,6 +148,16 @@ def test_cast_of_every_sixteen_bit_pattern(source: str, target: str) -> None:
         assert loss.changed == int((~((back == x) | (np.isnan(back) & np.isnan(x)))).sum())
     assert loss.values == x.size
     assert (loss.changed > 0) == ("float16" in (source, target) and source != target and target != "float32")
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_each_sixteen_bit_pattern_alone_is_finite_or_not(dtype: str) -> None:
+    bits = np.arange(2**16, dtype=np.uint16)
+    with np.errstate(all="ignore"):
+        finite = np.isfinite(bits.view(CASTS[dtype]).astype(np.float64))
+    counted = [count_non_finite(bits[i : i + 1], CASTS[dtype]) for i in range(len(bits))]
+    assert counted == list(~finite)
+    assert count_non_finite(bits, CASTS[dtype]) == np.count_nonzero(~finite)
 
 
 def test_unknown_words_are_refused(hf: Path) -> None:

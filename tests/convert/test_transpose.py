@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from convert.transpose import STRIP_ROWS, blocks, contiguous
+from convert.transpose import TILE, blocks, contiguous
 
 
 @given(st.lists(st.integers(1, 70), min_size=1, max_size=3), st.integers(0, 5), st.sampled_from([1, 2, 4, 8]))
@@ -20,9 +20,9 @@ def test_contiguous_is_numpys(shape: list[int], order: int, itemsize: int) -> No
 
 
 @pytest.mark.parametrize("dtype", [ml_dtypes.bfloat16, np.float16, np.float32, np.float64])
-def test_more_rows_than_a_strip(dtype: type) -> None:
+def test_more_rows_than_a_tile(dtype: type) -> None:
     x: np.ndarray = (
-        np.random.default_rng(0).integers(0, 2**15, (37, STRIP_ROWS + 5), np.uint16).astype(np.float64).astype(dtype)
+        np.random.default_rng(0).integers(0, 2**15, (37, TILE + 5), np.uint16).astype(np.float64).astype(dtype)
     )
     assert contiguous(x.T).tobytes() == x.T.tobytes()
 

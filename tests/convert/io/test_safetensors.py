@@ -1,6 +1,10 @@
 """Reader and writer against the safetensors library, bit for bit, and headers that lie."""
 
+import errno
+import fcntl
 import json
+import mmap
+import os
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +19,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from convert.errors import UnreadableCheckpoint
-from convert.io.safetensors import DTYPES, Reader, Writer
+from convert.io.safetensors import DTYPES, PAGE_BYTES, Reader, Writer
 from convert.transpose import contiguous
 
 ALL_BFLOAT16 = np.arange(2**16, dtype=np.uint16).view(ml_dtypes.bfloat16).reshape(256, 256)
@@ -108,6 +112,42 @@ def test_a_file_is_gone_on_with_where_it_was_left(tmp_path: Path) -> None:
     with Writer(tmp_path / "x", layout, "pt") as writer:
         assert b"".join(writer.read("double")) == tensors["double"].tobytes()
     assert (tmp_path / "x").read_bytes() == whole
+
+
+def paged_block(rng: np.random.Generator, nbytes: int) -> np.ndarray[Any, Any]:
+    block = np.frombuffer(mmap.mmap(-1, nbytes), np.uint8)
+    block[:] = rng.integers(0, 256, nbytes)
+    return block
+
+
+@pytest.mark.parametrize("direct", ["as it is", "missing", "refused"])
+def test_whole_pages_go_past_the_page_cache_where_they_can(
+    direct: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rng = np.random.default_rng(0)
+    small, large = rng.integers(0, 256, 999).astype(np.uint8), paged_block(rng, 3 * PAGE_BYTES)
+    through: list[int] = []
+
+    def pwrite(file: int, data: Any, offset: int, honest: Any = os.pwrite) -> int:
+        if fcntl.fcntl(file, fcntl.F_GETFL) & os.O_DIRECT:
+            through.append(len(data))
+            if direct == "refused":
+                raise OSError(errno.EINVAL, "Invalid argument")
+        return int(honest(file, data, offset))
+
+    if direct == "missing":
+        monkeypatch.delattr(os, "O_DIRECT")
+    else:
+        monkeypatch.setattr(os, "pwrite", pwrite)
+    with Writer(tmp_path / "x", [("small", small.dtype, small.shape), ("large", large.dtype, large.shape)], "pt") as x:
+        x.write("small", 0, small)
+        x.write("large", 0, large[: 2 * PAGE_BYTES])
+        x.write("large", 2 * PAGE_BYTES, large[2 * PAGE_BYTES :])
+    reader = Reader.open(tmp_path / "x")
+    assert reader.data_offset % PAGE_BYTES == reader.headers["large"].start == 0
+    assert reader["small"].tobytes() == small.tobytes()
+    assert reader["large"].tobytes() == large.tobytes()
+    assert through == ([] if direct == "missing" else [2 * PAGE_BYTES, PAGE_BYTES])
 
 
 LIES: dict[str, tuple[Any, bytes, str]] = {
