@@ -261,22 +261,25 @@ class Walk:
         for name, point in block_points(self.config):
             place = replace(self._place(layer, mode, batch), forced=forced and name not in BEFORE_ROUTING)
             if point.kind == "ids":
-                yield _judge_routing(name, place, routing)
+                finding = _judge_routing(name, place, routing)
             elif name == "router_weights" and routing is not None:
-                yield self._judge_weights(point, place, traces, batch, forced)
+                finding = self._judge_weights(point, place, traces, batch, forced)
             elif point.place == "expert" and not _same_rows(name, thinned):
-                yield place.finding(name, "fail", "the sides recorded this expert on different tokens")
+                finding = place.finding(name, "fail", "the sides recorded this expert on different tokens")
             else:
                 arrays = (trace.arrays.get(name) for trace in thinned)
                 rows = _real_rows(point, batch) if self.detail.keeps_every_token(name) else None
                 recorded = self.detail.roundoff(name)
                 finding = judge(name, point, place, *arrays, rows=rows, recorded_roundoff=recorded)
                 finding = self.detail.weigh(finding)
-                if not routing_known and self.dtype == "bfloat16" and finding.verdict == "fail":
-                    # A benign flip would do the same, and whether there was one is not known.
-                    reason = f"{finding.reason}; a side does not say how it routed here or before"
-                    finding = replace(finding, verdict="unchecked", reason=reason)
-                yield finding
+            yield self._unless_rerouted(finding, routing_known)
+
+    def _unless_rerouted(self, finding: Finding, routing_known: bool) -> Finding:
+        """Leave a failure in bfloat16 unchecked where a benign flip that no side tells of would cause it too."""
+        if routing_known or self.dtype != "bfloat16" or finding.verdict != "fail":
+            return finding
+        reason = f"{finding.reason}; a side does not say how it routed here or before"
+        return replace(finding, verdict="unchecked", reason=reason)
 
     def _judge_weights(
         self, point: Point, place: Place, traces: tuple[Trace, Trace, Trace], batch: Batch, forced: bool
@@ -310,7 +313,8 @@ class Walk:
             for name, point in head_points(self.config):
                 arrays = (trace.arrays.get(name) for trace in (torch, flax, oracle))
                 place = self._place(None, mode, stream.batch)
-                findings.append(judge(name, point, place, *arrays, rows=_real_rows(point, stream.batch)))
+                finding = judge(name, point, place, *arrays, rows=_real_rows(point, stream.batch))
+                findings.append(self._unless_rerouted(finding, mode == "local" or stream.routing_known))
             if self.suspect is None and mode == "local" and stream.torch_BTD is not None and _blamed(findings):
                 self.suspect = Suspect(None, stream.batch, stream.torch_BTD, torch, flax, self.dtype)
             yield from findings
