@@ -63,9 +63,9 @@ def flax_side(port: Port, dtype: Precision, walk_dtype: Precision) -> Any:
     return port.side(port.config, Rounded(port.weights, dtype, walk_dtype))
 
 
-def oracle_side(source: Checkpoint, dtype: Precision, walk_dtype: Precision) -> Oracle:
-    """Build the oracle; arguments as `torch_side`."""
-    return Oracle(source.config, Rounded(source.view("hf-legacy"), dtype, walk_dtype))
+def oracle_side(source: Checkpoint, dtype: Precision) -> Oracle:
+    """Build the oracle, on the same weights: a walk is never in less precision than they were rounded to."""
+    return Oracle(source.config, Rounded(source.view("hf-legacy"), dtype))
 
 
 def recorded_side(recording: Recording, walk_dtype: Precision) -> Remembering:

@@ -50,7 +50,7 @@ def compare(
     differences += compare_hashes(hashes, flax.manifest.provenance["weights_sha256"])
 
     def parts(walk_dtype: Precision) -> Parts:
-        live = Nothing("oracle") if source is None else oracle_side(source, dtype, walk_dtype)
+        live = Nothing("oracle") if source is None else oracle_side(source, dtype)
         return {
             "torch": recorded_side(torch, walk_dtype),
             "flax": recorded_side(flax, walk_dtype),

@@ -36,18 +36,26 @@ def rms_norm(x_BTD: Array, scale_D: Array, eps: float) -> Array:
     return scaled_BTD
 
 
+CHUNK = 1 << 20
+"""Weights that are held in float64 at a time: 8 MB."""
+
+
 def project(x: Array, kernel: Array) -> Array:
     """Apply a linear layer.
 
     Args:
         x: [..., in].
-        kernel: [out, in], any float dtype; converted to x's here, for as long as this call takes.
+        kernel: [out, in], any float dtype; converted to x's here, some rows at a time.
 
     Returns:
         [..., out].
     """
-    flat: Array = x.reshape(-1, x.shape[-1]) @ kernel.astype(x.dtype).T
-    return flat.reshape(*x.shape[:-1], kernel.shape[0])
+    flat, outputs = x.reshape(-1, x.shape[-1]), len(kernel)
+    projected = np.empty((len(flat), outputs), x.dtype)
+    step = max(1, CHUNK // max(1, kernel.shape[1]))
+    for start in range(0, outputs, step):
+        projected[:, start : start + step] = flat @ kernel[start : start + step].astype(x.dtype).T
+    return projected.reshape(*x.shape[:-1], outputs)
 
 
 def add_residual(stream_BTD: Array, normed_BTD: Array, branch_BTD: Array) -> Array:

@@ -2,15 +2,16 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from flax_mixtral.config import MixtralConfig
-from parity.sides import Side
 from parity.sides.flax import FlaxSide
 from parity.trace import Array
 
 __all__ = ["FlaxFactory", "Port"]
 
-FlaxFactory = Callable[[MixtralConfig, Mapping[str, Array]], Side]
+FlaxFactory = Callable[[MixtralConfig, Mapping[str, Array]], Any]
+"""Builds a `Side`, whole or in part, from a configuration and Flax leaves in the dtype to compute in."""
 
 
 @dataclass(frozen=True, slots=True)

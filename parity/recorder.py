@@ -52,7 +52,7 @@ class Job:
             return torch_side(self.source, self.dtype, walk_dtype)
         if self.part == "flax":
             return flax_side(self.port, self.dtype, walk_dtype)
-        return oracle_side(self.source, self.dtype, walk_dtype)
+        return oracle_side(self.source, self.dtype)
 
     def manifest(self, hashes: Mapping[str, str]) -> Manifest:
         """Describe the recording, before anything is in it."""

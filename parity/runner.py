@@ -92,7 +92,7 @@ def run(
         return {
             "torch": recorded_side(torch, walk_dtype) if torch else torch_side(source, dtype, walk_dtype),
             "flax": flax_side(port, dtype, walk_dtype),
-            "oracle": oracle_side(source, dtype, walk_dtype),
+            "oracle": oracle_side(source, dtype),
         }
 
     def not_whole(walk_dtype: Precision) -> dict[str, str]:

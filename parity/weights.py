@@ -2,6 +2,7 @@
 
 import hashlib
 import math
+import mmap
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
@@ -10,7 +11,7 @@ import ml_dtypes
 import numpy as np
 
 from convert.checkpoint import View
-from convert.transpose import contiguous
+from convert.transpose import blocks, contiguous
 from flax_mixtral.config import MixtralConfig
 from parity.metrics import Precision
 from parity.trace import Array
@@ -21,6 +22,7 @@ DTYPES: dict[Precision, np.dtype[Any]] = {"float32": np.dtype(np.float32), "bflo
 
 
 CACHE_LINE = 64
+LARGE = 4 << 20
 
 
 class Rounded(Mapping[str, Array]):
@@ -43,9 +45,10 @@ class Rounded(Mapping[str, Array]):
         array = _aligned(self._weights.shape(name), self._dtypes[-1])
         flat, start = array.reshape(-1), 0
         for piece in self._weights.pieces(name):
-            ordered = contiguous(piece).view(piece.dtype)
-            flat[start : start + piece.size] = self._cast(ordered).reshape(-1)
-            start += piece.size
+            for block in blocks(piece):
+                ordered = contiguous(block).view(block.dtype).reshape(-1)
+                flat[start : start + block.size] = self._cast(ordered)
+                start += block.size
             self._weights.release(name, piece)
         return array
 
@@ -62,8 +65,15 @@ class Rounded(Mapping[str, Array]):
 
 
 def _aligned(shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
-    """Give uninitialised memory that begins where a cache line does: JAX takes it over without a copy."""
+    """Give memory that begins where a cache line does: JAX takes it over without a copy.
+
+    What is large comes in huge pages: touching it for the first time is then some ten times faster.
+    """
     nbytes = math.prod(shape) * dtype.itemsize
+    if nbytes >= LARGE and hasattr(mmap, "MADV_HUGEPAGE"):  # Linux
+        pages = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        pages.madvise(mmap.MADV_HUGEPAGE)
+        return np.ndarray(shape, dtype, pages)
     memory = np.empty(nbytes + CACHE_LINE, np.uint8)
     start = -memory.ctypes.data % CACHE_LINE
     return memory[start : start + nbytes].view(dtype).reshape(shape)

@@ -1,5 +1,6 @@
 """The Flax side: flax_mixtral's own blocks, one in memory at a time."""
 
+import gc
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache, cached_property
 
@@ -21,6 +22,9 @@ from parity.sides.flax_operations import Kernels, block_operations, combine, exp
 from parity.trace import Array, Batch, Trace, expert_rows
 
 __all__ = ["FlaxSide", "labels_of", "run_block"]
+
+LARGE = 1 << 20
+"""Weights of one matrix of an expert, from which on a block's memory is worth freeing at once."""
 
 
 class FlaxSide:
@@ -97,7 +101,10 @@ class FlaxSide:
         output = jax.jit(lambda model, *inputs: model(*inputs).logits)(
             model, batch.input_ids, batch.attention_mask, batch.position_ids
         )
-        return None if output is None else np.asarray(output)
+        logits = None if output is None else np.array(output)
+        del model, output
+        _collect(self._config.hidden_size * self._config.intermediate_size)
+        return logits
 
     def gradients(self, batch: Batch, labels_BT: Array, routing: Sequence[Array] | None = None) -> Gradients:
         """See `Differentiable.gradients`: `jax.grad` of the whole model, by leaf."""
@@ -123,11 +130,12 @@ class FlaxSide:
     def done(self, layer: int) -> None:
         """See `Keeping.done`."""
         self._held = None
+        _collect(self._config.hidden_size * self._config.intermediate_size)
 
     def _block(self, layer: int) -> DecoderBlock:
         """Give a block, whose parameters stay until `done` or the next one."""
         if self._held is None or self._held[0] != layer:
-            self._held = None  # the last one's memory goes before the next one's comes
+            self.done(layer)  # the last one's memory goes before the next one's comes
             block = _block_mould(self._config).fill(self._weights, f"{self._prefix}layers.{layer}.", alias=True)
             self._held = (layer, block)
         return self._held[1]
@@ -155,6 +163,12 @@ class FlaxSide:
             trace.rows[number] = rows
             for name, array in zip(("gate", "up", "act", "down"), found, strict=True):
                 trace.arrays[f"expert.{number}.{name}"] = np.asarray(array)[: len(rows)]
+
+
+def _collect(weights: int) -> None:
+    """Free modules: they refer to themselves, so that only the collector does; small ones can wait for its turn."""
+    if weights >= LARGE:
+        gc.collect()
 
 
 @cache

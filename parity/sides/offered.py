@@ -36,7 +36,8 @@ class Offered:
 
     def embed(self, batch: Batch) -> Array | None:
         """See `Side.embed`; None from a side that has none."""
-        return np.asarray(self.side.embed(batch)) if hasattr(self.side, "embed") else None
+        found = self.side.embed(batch) if hasattr(self.side, "embed") else None
+        return None if found is None else np.asarray(found)
 
     def block(self, layer: int, x_BTD: Array | None, batch: Batch, routing: Array | None = None) -> Trace:
         """See `Side.block`; empty without an input."""
