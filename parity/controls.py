@@ -5,14 +5,18 @@ from dataclasses import dataclass, replace
 
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 
+from convert import Checkpoint
 from flax_mixtral import moe
 from flax_mixtral.config import MixtralConfig
+from parity.metrics import Precision
 from parity.planting import Functions, Weights, replaced
 from parity.port import Port
 from parity.sides import Side
 from parity.sides.flax import FlaxSide, run_block
+from parity.sides.narrow import NarrowSide
 from parity.trace import Array, Batch, Trace
 
 __all__ = ["CONTROLS", "Control"]
@@ -26,6 +30,7 @@ class Control:
     side: Callable[[MixtralConfig, Weights], Side] = FlaxSide
     attention: str = "eager"
     experts: str = "grouped_mm"
+    threads: int | None = None
 
     def change(self, port: Port) -> Port:
         """Put the variant in the port's place."""
@@ -64,6 +69,53 @@ class _RowByRow(FlaxSide):
         return trace
 
 
+class _PaddedAtTheOtherEnd(FlaxSide):
+    """Padding moved to the other end of each row, and what comes out moved back."""
+
+    def block(self, layer: int, x_BTD: Array, batch: Batch, routing: Array | None = None) -> Trace:
+        """See `Side.block`."""
+        whole = super().block(layer, x_BTD, batch, routing)
+        if batch.attention_mask is None or batch.position_ids is None:
+            return whole
+        (B, T), mask_BT = batch.input_ids.shape, batch.attention_mask
+        pads_first = not mask_BT[:, 0].all()
+        order_BT = np.argsort(1 - mask_BT if pads_first else mask_BT, axis=1, kind="stable")
+        back_BT = np.argsort(order_BT, axis=1)
+
+        def moved(array: Array, by_BT: Array) -> Array:
+            by_row = array.reshape(B, T, *(array.shape[2:] if array.shape[:2] == (B, T) else array.shape[1:]))
+            return np.stack([row[by_T] for row, by_T in zip(by_row, by_BT, strict=True)]).reshape(array.shape)
+
+        other = Batch(batch.name, *(moved(x, order_BT) for x in (batch.input_ids, mask_BT, batch.position_ids)))
+        forced = None if routing is None else moved(routing, order_BT)
+        found = super().block(layer, moved(x_BTD, order_BT), other, forced)
+        points = {name: moved(array, back_BT) for name, array in found.arrays.items() if not name.startswith("expert.")}
+        whole.arrays.update(points)
+        return whole
+
+
+class _Untapped(FlaxSide):
+    """The residual stream from a block of which nothing else is asked: XLA then fuses otherwise."""
+
+    def __init__(self, config: MixtralConfig, weights: Weights):
+        super().__init__(config, weights)
+        self._run_untapped = jax.jit(lambda *given: run_block(*given).resid_out)
+
+    def block(self, layer: int, x_BTD: Array, batch: Batch, routing: Array | None = None) -> Trace:
+        """See `Side.block`."""
+        trace = super().block(layer, x_BTD, batch, routing)
+        forced_MA = None if routing is None else jnp.asarray(routing)
+        given = (self._block(layer), jnp.asarray(x_BTD), self._context(batch, x_BTD), forced_MA)
+        trace.arrays["resid_out"] = np.asarray(self._run_untapped(*given))
+        return trace
+
+
+def _independent(config: MixtralConfig, weights: Weights) -> Side:
+    """Build the NumPy side on the same leaves."""
+    dtype: Precision = "bfloat16" if weights[next(iter(weights))].dtype == ml_dtypes.bfloat16 else "float32"
+    return NarrowSide(config, Checkpoint.of_arrays(config, dict(weights), "the port").view("hf-legacy"), dtype)
+
+
 class _Changed(FlaxSide):
     """With functions of flax_mixtral replaced by equal ones."""
 
@@ -93,7 +145,11 @@ CONTROLS = (
     Control("unchanged"),
     Control("op-by-op", side=_OpByOp),
     Control("other-batch-size", side=_RowByRow),
+    Control("padded-at-the-other-end", side=_PaddedAtTheOtherEnd),
+    Control("taps-off", side=_Untapped),
     Control("softmax-of-chosen", side=_SoftmaxOfChosen),
+    Control("independent", side=_independent),
+    Control("two-threads", threads=2),
     Control("sdpa", attention="sdpa"),
     Control("experts-eager", experts="eager"),
     Control("experts-batched", experts="batched_mm"),

@@ -306,12 +306,12 @@ def pooled_tokens(batch: Batch, pad_token_id: int | None) -> Array:
 
 
 def next_token_loss(logits_BTV: Array, batch: Batch) -> Array:
-    """Average the cross entropy of each next token that is real; NaN where there is none.
+    """Average the cross entropy of each next token that is real and follows a real one; NaN where there is none.
 
-    Source: transformers 5.23, loss/loss_utils.py, `ForCausalLMLoss`, with padding labelled -100.
+    Source: transformers 5.23, loss/loss_utils.py, `ForCausalLMLoss`, with labels as `training_labels` gives them.
     """
-    real_BT = batch.real_M.reshape(batch.input_ids.shape)
-    counted = real_BT[:, 1:]
+    real_BT = batch.real_BT
+    counted = real_BT[:, 1:] & real_BT[:, :-1]
     if not counted.any():
         return np.asarray(np.nan, logits_BTV.dtype)
     logits_XV, targets_X = logits_BTV[:, :-1][counted], batch.input_ids[:, 1:][counted]

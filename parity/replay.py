@@ -247,8 +247,9 @@ def _rotate_bfloat16(x_BTNH: Array, cos_BTH: Array, sin_BTH: Array) -> Array:
 
 
 def _scores_bfloat16(q_BTNH: Array, k_BSNH: Array) -> Array:
+    """Round the products, then their multiples by 1/sqrt(H), which torch takes in float32."""
     root = q_BTNH.shape[-1] ** 0.5
-    return to_bfloat16(to_bfloat16(EXACT.scores(q_BTNH, k_BSNH) * root) * float(ml_dtypes.bfloat16(1 / root)))
+    return to_bfloat16(to_bfloat16(EXACT.scores(q_BTNH, k_BSNH) * root) / root)
 
 
 BASE_OPS = {

@@ -92,14 +92,20 @@ class Court:
     def __init__(self, source: Checkpoint, batches: Sequence[Batch], dtype: Precision):
         self.source, self.batches, self.dtype = source, batches, dtype
         self._leaves = source.view("flax")
-        self._torch: dict[tuple[str, str], Remembering] = {}
+        self._torch: dict[tuple[str, str, int | None], Remembering] = {}
         self._oracle = Remembering(Oracle(source.config, Rounded(source.view("hf-legacy"), dtype)))
         self._flax = Remembering(FlaxSide(source.config, Rounded(self._leaves, dtype)))
         self._routing = self.examine(lambda port: port).routing
         # What follows a fault is new to every side each time, and would fill the memory.
         self._flax.learns = False
 
-    def examine(self, change: Callable[[Port], Port], attention: str = ATTENTION, experts: str = EXPERTS) -> Result:
+    def examine(
+        self,
+        change: Callable[[Port], Port],
+        attention: str = ATTENTION,
+        experts: str = EXPERTS,
+        threads: int | None = None,
+    ) -> Result:
         """Run the walk on a changed port."""
         unchanged: Any = self._flax  # FlaxSide answers every call, which the type of what remembers it does not say
         port = change(Port(self.source.config, self._leaves, side=lambda config, weights: unchanged))
@@ -107,7 +113,7 @@ class Court:
         if port.weights is not self._leaves:
             differences += compare_weights(self._leaves, port.weights, lambda leaf: None)[1]
         flax = port.side(port.config, Rounded(port.weights, self.dtype))
-        sides = Sides(self._reference(attention, experts), flax, self._oracle)
+        sides = Sides(self._reference(attention, experts, threads), flax, self._oracle)
         walk = Walk(self.source.config, sides, self.batches, dtype=self.dtype)
         findings = list(walk.run())
         leaves = (self._leaves, port.weights)
@@ -119,8 +125,9 @@ class Court:
         """Count the tokens whose last expert ties exactly in one layer of the unchanged port."""
         return sum(compared.ties for key, compared in self._routing.items() if key[:2] == (layer, "local"))
 
-    def _reference(self, attention: str, experts: str) -> Remembering:
-        if (attention, experts) not in self._torch:
+    def _reference(self, attention: str, experts: str, threads: int | None) -> Remembering:
+        settings = (attention, experts, threads)
+        if settings not in self._torch:
             side = TorchSide(
                 self.source.config,
                 self.source.raw_config,
@@ -128,9 +135,10 @@ class Court:
                 dtype=self.dtype,
                 attention=attention,  # type: ignore[arg-type]  # checked by transformers
                 experts=experts,  # type: ignore[arg-type]  # as above
+                threads=threads,
             )
-            self._torch[attention, experts] = Remembering(side)
-        return self._torch[attention, experts]
+            self._torch[settings] = Remembering(side)
+        return self._torch[settings]
 
 
 def selftest(
@@ -163,7 +171,7 @@ def selftest(
     for dtype in dtypes:
         court = Court(source, batches, dtype)
         for control in controls:
-            result = court.examine(control.change, control.attention, control.experts)
+            result = court.examine(control.change, control.attention, control.experts, control.threads)
             yield Alarm(control.slug, dtype, result.verdict != "pass", _at(result), _worst(result))
         scene = Scene(config, court.ties(where))
         for fault in faults:

@@ -44,7 +44,7 @@ class Side(Protocol):
         ...
 
     def losses(self, logits: Array, router_logits: Sequence[Array], batch: Batch) -> Trace:
-        """Compute `loss` (labels are the batch's own tokens) and `aux_loss` from L arrays [M, E]."""
+        """Compute `loss` (its labels as `training_labels` gives them) and `aux_loss` from L arrays [M, E]."""
         ...
 
 

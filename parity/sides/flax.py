@@ -13,15 +13,15 @@ from flax_mixtral.config import MixtralConfig
 from flax_mixtral.decoder import BlockTrace, Context, DecoderBlock, context_of, look_up
 from flax_mixtral.experts import ExpertTrace, expert
 from flax_mixtral.heads import MODELS, Mixtral, MixtralModel, Model
-from flax_mixtral.losses import IGNORED, causal_lm_loss, load_balancing_loss
+from flax_mixtral.losses import causal_lm_loss, load_balancing_loss
 from parity.decoding import Decoded
-from parity.gradients import Gradients
+from parity.gradients import Gradients, training_labels
 from parity.sides.flax_decoding import decode, greedy
 from parity.sides.flax_gradients import differentiate
 from parity.sides.flax_operations import Kernels, block_operations, combine, expert_operations
 from parity.trace import Array, Batch, Trace, expert_rows
 
-__all__ = ["FlaxSide", "labels_of", "run_block"]
+__all__ = ["FlaxSide", "run_block"]
 
 LARGE = 1 << 20
 """Weights of one matrix of an expert, from which on a block's memory is worth freeing at once."""
@@ -92,7 +92,7 @@ class FlaxSide:
         mask = None if batch.attention_mask is None else jnp.asarray(batch.attention_mask)
         layers = [jnp.asarray(logits_ME) for logits_ME in router_logits]
         aux_loss = load_balancing_loss(layers, self._config.num_experts_per_tok, mask)
-        loss = causal_lm_loss(jnp.asarray(logits), jnp.asarray(labels_of(batch)))
+        loss = causal_lm_loss(jnp.asarray(logits), jnp.asarray(training_labels(batch)))
         return Trace({"loss": np.asarray(loss), "aux_loss": np.asarray(aux_loss)})
 
     def whole(self, batch: Batch) -> Array | None:
@@ -184,12 +184,6 @@ def _model_mould(config: MixtralConfig) -> Mould[Model]:
 def _padded(x_RX: Array) -> Array:
     """Repeat rows up to a power of two: a handful of compilations then serves every expert."""
     return np.resize(x_RX, (1 << (len(x_RX) - 1).bit_length(), x_RX.shape[1]))
-
-
-def labels_of(batch: Batch) -> Array:
-    """Give the tokens to predict: the batch's own, -100 on padding."""
-    labels: Array = np.where(batch.real_BT, batch.input_ids, IGNORED)
-    return labels
 
 
 def run_block(block: DecoderBlock, x_BTD: jax.Array, context: Context, routing_MA: jax.Array | None) -> BlockTrace:

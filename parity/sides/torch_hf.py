@@ -23,7 +23,7 @@ from transformers.models.mixtral import modeling_mixtral as mixtral
 
 from flax_mixtral.config import MixtralConfig
 from parity.decoding import Decoded, continued, in_steps, joined
-from parity.gradients import Gradients, Losses
+from parity.gradients import Gradients, Losses, training_labels
 from parity.metrics import Precision
 from parity.trace import Array, Batch, Trace, expert_rows
 
@@ -155,11 +155,8 @@ class TorchSide:
     def losses(self, logits: Array, router_logits: Sequence[Array], batch: Batch) -> Trace:
         """Compute `loss` (without the auxiliary term) and `aux_loss`, both [], in transformers' own functions."""
         with _running(self.threads):
-            inputs = _inputs(batch)
-            labels, mask = inputs["input_ids"], inputs["attention_mask"]
-            if mask is not None:
-                labels = labels.masked_fill(mask == 0, -100)
-            loss = ForCausalLMLoss(_tensor(logits), labels, self.config.vocab_size)
+            mask = _inputs(batch)["attention_mask"]
+            loss = ForCausalLMLoss(_tensor(logits), _tensor(training_labels(batch)), self.config.vocab_size)
             router: Any = tuple(_tensor(logits_ME) for logits_ME in router_logits)
             E, A = self.config.num_local_experts, self.config.num_experts_per_tok
             aux_loss = mixtral.load_balancing_loss_func(router, E, A, mask)

@@ -1,14 +1,12 @@
 """The comparison itself on trial: sides of NumPy alone, honest but for one lie at one point, never pass.
 
-The fakes are the oracle at float32 in the place of both frameworks; for bfloat16, the oracle with a rounding after each
-operation. A lie is told in one layer by the side that stands for Flax.
+The NumPy side stands for both frameworks. A lie is told in one layer by the one in Flax's place.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 import pytest
 
@@ -17,15 +15,15 @@ from parity.decoding import Decoded, continued
 from parity.drawn import DEFAULT, draw
 from parity.inputs import padded
 from parity.metrics import Precision
-from parity.oracle import Ops, Oracle
+from parity.oracle import Oracle
 from parity.points import block_points, head_points, operation_points
-from parity.replay import BASE_OPS, FLOAT32_POINTS, to_bfloat16
-from parity.sides import Side
+from parity.sides.narrow import NarrowSide
 from parity.sides.remembering import Remembering
 from parity.tokens import Continuation, judge_decoding, judge_tokens
 from parity.trace import Array, Batch, Trace
 from parity.verdict import Finding, Mode, Place, overall
 from parity.walk import Sides, Walk
+from parity.weights import Rounded
 
 CONFIG = replace(
     DEFAULT, vocab_size=53, hidden_size=24, intermediate_size=18, num_hidden_layers=2, num_local_experts=5, head_dim=10
@@ -62,40 +60,30 @@ LIES: dict[str, Lie] = {
 }
 
 
-@dataclass
-class Fake:
-    """A side that is the oracle in a narrow dtype, and lies where it is told to."""
+class Fake(NarrowSide):
+    """A side of NumPy that lies where it is told to."""
 
-    oracle: Oracle
-    dtype: np.dtype
-    lie: Lie = lambda array: array
-    point: str = ""
-    mode: Mode = "local"
-    name: str = "flax"
+    def __init__(self, weights: Mapping[str, Array], dtype: Precision, lie: Lie, point: str, mode: Mode):
+        super().__init__(CONFIG, weights, dtype)
+        self.lie, self.point, self.mode = lie, point, mode
 
     def embed(self, batch: Batch) -> Array:
-        found: Array = self.oracle.embed(batch).astype(self.dtype)
+        found = super().embed(batch)
         return self.lie(found) if self.point == "embed" else found
 
     def block(self, layer: int, x_BTD: Array, batch: Batch, routing: Array | None = None) -> Trace:
-        trace = self._cast(self.oracle.block(layer, x_BTD, batch, routing))
+        trace = super().block(layer, x_BTD, batch, routing)
         return self._told(trace) if layer == LAYER and self.mode == "local" else trace
 
     def operations(self, layer: int, x_BTD: Array, given: Trace, batch: Batch) -> Trace:
-        trace = self._cast(self.oracle.operations(layer, x_BTD, given, batch))
+        trace = super().operations(layer, x_BTD, given, batch)
         return self._told(trace) if layer == LAYER and self.mode == "operation" else trace
 
     def head(self, x_BTD: Array, batch: Batch) -> Trace:
-        return self._told(self._cast(self.oracle.head(x_BTD, batch)))
+        return self._told(super().head(x_BTD, batch))
 
     def losses(self, logits: Array, router_logits: Sequence[Array], batch: Batch) -> Trace:
-        return self._told(self._cast(self.oracle.losses(logits, router_logits, batch)))
-
-    def _cast(self, trace: Trace) -> Trace:
-        for name, array in trace.arrays.items():
-            if array.dtype.kind != "i":
-                trace.arrays[name] = array.astype(np.float32 if name in FLOAT32_POINTS else self.dtype)
-        return trace
+        return self._told(super().losses(logits, router_logits, batch))
 
     def _told(self, trace: Trace) -> Trace:
         if self.point in trace.arrays:
@@ -104,8 +92,10 @@ class Fake:
         return trace
 
 
-class Recorder(Fake):
-    """The fake in torch's place: it also records what attention does inside."""
+class Recorder(NarrowSide):
+    """The side in torch's place: it also records what attention does inside."""
+
+    name = "torch"
 
     def block(self, layer: int, x_BTD: Array, batch: Batch, routing: Array | None = None) -> Trace:
         trace = super().block(layer, x_BTD, batch, routing)
@@ -125,40 +115,18 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
 BATCH = padded("b", [np.arange(3, 22), np.arange(5, 18)], CONFIG, side="left")
 
 
-def _rounding_ops() -> Ops:
-    """Give operations whose every result is rounded to what a bfloat16 model stores."""
-    base = BASE_OPS["bfloat16"]
-
-    def narrow(name: str, cast: Callable[[Array], Array]) -> Callable[..., Array]:
-        return lambda *given: cast(getattr(base, name)(*given))
-
-    def single(x: Array) -> Array:
-        return x.astype(np.float32).astype(np.float64)
-
-    stored = ("norm", "project", "rotate", "scores", "mix", "product")
-    rounding: dict[str, Any] = {name: narrow(name, to_bfloat16) for name in stored}
-    rounding |= {name: narrow(name, single) for name in ("router_softmax", "weigh")}
-    rounding["residual"] = lambda stream, normed, branch: to_bfloat16(stream + to_bfloat16(branch))
-    return replace(base, **rounding)
-
-
 class Court:
     """The honest sides of one dtype, computed once."""
 
     def __init__(self, source: Checkpoint, dtype: Precision):
         self.dtype = dtype
-        self.weights = dict(source.view("hf-legacy"))
-        self.torch = Remembering(Recorder(*self._narrow(), name="torch"))
+        self.weights = Rounded(source.view("hf-legacy"), dtype)
+        self.torch = Remembering(Recorder(CONFIG, self.weights, dtype))
         self.exact = Remembering(Oracle(CONFIG, self.weights))
 
     def findings(self, lie: Lie, point: str, mode: Mode = "local") -> list[Finding]:
-        flax: Side = Fake(*self._narrow(), lie=lie, point=point, mode=mode)
+        flax = Fake(self.weights, self.dtype, lie, point, mode)
         return list(Walk(CONFIG, Sides(self.torch, flax, self.exact), [BATCH], dtype=self.dtype).run())
-
-    def _narrow(self) -> tuple[Oracle, np.dtype]:
-        if self.dtype == "float32":
-            return Oracle(CONFIG, self.weights, dtype=np.float32), np.dtype(np.float32)
-        return Oracle(CONFIG, self.weights, _rounding_ops()), np.dtype(ml_dtypes.bfloat16)
 
 
 @pytest.fixture(scope="module")

@@ -115,6 +115,16 @@ def test_the_loss_of_even_logits_is_the_logarithm_of_the_vocabulary() -> None:
     assert np.isnan(next_token_loss(logits_BTV, Batch("b", np.array([[1, 2, 3, 4]]), np.array([[1, 0, 0, 0]]))))
 
 
+def test_what_a_padding_token_predicts_is_no_part_of_the_loss() -> None:
+    batch = Batch("b", np.array([[0, 0, 3, 4, 5]]), np.array([[0, 0, 1, 1, 1]]))
+    logits_BTV = np.random.default_rng(0).normal(size=(1, 5, 7))
+    other_BTV = logits_BTV.copy()
+    other_BTV[:, :2] = 9
+    other_BTV[0, 1, 3] = -9
+
+    assert next_token_loss(other_BTV, batch) == next_token_loss(logits_BTV, batch)
+
+
 # --- rope -----------------------------------------------------------------------------------------------------------
 
 

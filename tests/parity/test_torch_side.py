@@ -10,6 +10,7 @@ import torch
 import transformers
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from parity.gradients import training_labels
 from parity.metrics import Precision
 from parity.sides.torch_hf import RECORDING, Attention, Experts, TorchSide, whole_logits
 from parity.trace import Array, Batch, Trace
@@ -82,7 +83,7 @@ def test_losses_are_the_whole_models(both: Both) -> None:
     assert batch.attention_mask is not None
     ids, mask = torch.from_numpy(batch.input_ids), torch.from_numpy(batch.attention_mask)
     both.model.set_attn_implementation("eager")
-    labels = ids.masked_fill(mask == 0, -100)
+    labels = torch.from_numpy(training_labels(batch))
     with torch.no_grad():
         whole = both.model(ids, attention_mask=mask, labels=labels, output_router_logits=True, use_cache=False)
     losses = both.torch().losses(whole.logits.numpy(), [logits.numpy() for logits in whole.router_logits], batch)
