@@ -85,7 +85,7 @@ class PlainJax:
         E, A = self.config.num_local_experts, self.config.num_experts_per_tok
         probs = jax.nn.softmax(jnp.concatenate([layer[batch.real_M] for layer in router_logits]), axis=-1)
         share = jax.nn.one_hot(jax.lax.top_k(probs, A)[1], E).sum(axis=1).mean(axis=0)
-        loss, aux_loss = nats[real_BT[:, 1:]].mean(), E * (share * probs.mean(axis=0)).sum()
+        loss, aux_loss = nats[real_BT[:, 1:] & real_BT[:, :-1]].mean(), E * (share * probs.mean(axis=0)).sum()
         return Trace({"loss": np.asarray(loss), "aux_loss": np.asarray(aux_loss)})
 
     def whole(self, batch: Batch) -> Array:

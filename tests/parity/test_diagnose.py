@@ -394,7 +394,9 @@ def norm_not_upcast(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
 
 def attend_low(q: jax.Array, k: jax.Array, v: jax.Array, visible: jax.Array, **rest: Any) -> jax.Array:
     k, v = (jnp.repeat(x, q.shape[2] // k.shape[2], axis=2) for x in (k, v))
-    scores = projection.project("BTNH,BSNH->BNTS", q, k) * jnp.asarray(q.shape[-1] ** -0.5, q.dtype)
+    # The scale in float32, as torch takes it: the softmax is the one fault.
+    scores = projection.project("BTNH,BSNH->BNTS", q, k).astype(jnp.float32) * q.shape[-1] ** -0.5
+    scores = scores.astype(q.dtype)
     scores = jnp.where(visible[:, None], scores, jnp.finfo(q.dtype).min)
     return projection.project("BNTS,BSNH->BTNH", jax.nn.softmax(scores, axis=-1), v)
 
