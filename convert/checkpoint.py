@@ -21,6 +21,7 @@ from convert.layouts import LAYOUTS
 from convert.mistral_params import read_params
 from convert.recognise import Recognised, recognise
 from convert.rules import Region, TensorSpec
+from convert.transpose import contiguous
 from flax_mixtral.axes import axis_sizes
 from flax_mixtral.config import MixtralConfig
 
@@ -224,7 +225,7 @@ class View(Mapping[str, NDArray[Any]]):
         whole = np.empty(spec.shape, self.dtype(name))
         flat, start = whole.reshape(-1), 0
         for piece in self.pieces(name):
-            flat[start : start + piece.size].reshape(piece.shape)[...] = piece
+            contiguous(piece, flat[start : start + piece.size].view(np.uint8))
             start += piece.size
         return whole
 

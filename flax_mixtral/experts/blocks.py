@@ -6,13 +6,14 @@ scan and switch here, so every transform of JAX goes through.
 """
 
 from collections.abc import Callable
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 
 from flax_mixtral.experts.one import Kernels, expert, places, sum_chosen
 
-__all__ = ["block_experts"]
+__all__ = ["block_experts", "one_expert"]
 
 SIZES = (8, 32, 64, 96, 128)
 """Rows of a block."""
@@ -30,14 +31,17 @@ def block_experts(
     token_MA = jnp.broadcast_to(jnp.arange(M)[:, None], (M, A))
     token_EC = jnp.zeros((E, C), jnp.int32).at[ids_MA, place_MA].set(token_MA)
     down_ECD = [
-        _one_expert(x_MD, token_EC[e], count_E[e], (gate_DF, up_DF, down_FD), sizes, hidden_act)
+        one_expert(x_MD, token_EC[e], count_E[e], (gate_DF, up_DF, down_FD), sizes, hidden_act)
         for e, (gate_DF, up_DF, down_FD) in enumerate(zip(*kernels, strict=True))
     ]
     down_MAD = jnp.concatenate(down_ECD)[ids_MA * C + place_MA]
     return sum_chosen(down_MAD, weights_MA)
 
 
-def _one_expert(
+# Compiled once for every expert of one shape, also where the caller is not: else each call of a model outside jit would
+# compile all experts of all layers anew.
+@partial(jax.jit, static_argnames=("sizes", "hidden_act"))
+def one_expert(
     x_MD: jax.Array,
     token_C: jax.Array,
     count: jax.Array,

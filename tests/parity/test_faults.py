@@ -10,13 +10,17 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from convert import Checkpoint, convert
+from flax_mixtral import experts
 from parity.controls import CONTROLS
 from parity.drawn import DEFAULT, draw
 from parity.faults import FAULTS, planted
+from parity.inputs import suite
 from parity.metrics import Precision
+from parity.port import Port
 from parity.result import Divergence
 from parity.runner import run
 from parity.selftest import Absent, Alarm, Trial, passed, selftest
+from parity.trace import routed
 from tests.checkpoints import write_checkpoint
 
 LAYERS = 4
@@ -40,7 +44,7 @@ SIX = (
 BY_SLUG = {fault.slug: fault for fault in FAULTS}
 QUICK = {
     "float32": ("residual-from-normed", "causal-mask-missing", "capacity-drop", "points-missing", "lm-head-wrong"),
-    "bfloat16": ("norm-cast-order", "norm-not-upcast", "combine-low-precision"),
+    "bfloat16": ("norm-cast-order", "norm-not-upcast", "combine-low-precision", "jitter-on", "traces-do-not-overlap"),
 }
 
 
@@ -105,6 +109,26 @@ def test_ties_are_found_where_routers_tie_and_their_order_is_judged(tmp_path: Pa
     rows = list(selftest(source, dtypes=["float32"], inputs="quick", faults=faults, controls=CONTROLS[:1]))
     assert [type(row) for row in rows] == [Alarm, Trial]
     assert passed(rows), rows
+
+
+def test_a_fault_reaches_experts_that_are_compiled_by_themselves(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(experts, "SMALL", 0)  # one array per expert, as on a CPU for a large model
+    source = Checkpoint.open(draw(tmp_path / "drawn", replace(DEFAULT, num_hidden_layers=1)))
+    (batch,) = suite("quick", source.config, 0)
+    port = Port(source.config, source.view("flax"))
+    sound = port.side(port.config, port.weights)
+    x_BTD = sound.embed(batch)
+    sound.block(0, x_BTD, batch)  # compiles the sound experts
+    faulty = planted(BY_SLUG["matmul-low-precision"], 0)(port)
+    trace = faulty.side(faulty.config, faulty.weights).block(0, x_BTD, batch)
+    sum_MD = np.zeros((batch.real_M.size, source.config.hidden_size))
+    for expert, rows in trace.rows.items():
+        hit, weights = routed(trace, expert)
+        sum_MD[rows] += np.where(hit, weights, 0)[:, None] * trace[f"expert.{expert}.down"]
+    found_MD = trace["moe_out"].reshape(sum_MD.shape)
+    np.testing.assert_allclose(found_MD[batch.real_M], sum_MD[batch.real_M], rtol=0, atol=1e-5)
 
 
 def test_every_fault_has_a_name_of_its_own() -> None:

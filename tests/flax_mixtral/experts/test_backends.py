@@ -161,3 +161,14 @@ def test_the_choice_is_by_the_size_of_an_expert_on_a_cpu() -> None:
     assert choose_backend("ragged", config(1024)) == "ragged"
     with pytest.raises(ValueError, match="expected one of auto, dense, blocks, ragged"):
         choose_backend("sparse", config(4))  # type: ignore[arg-type]  # what a user may write
+
+
+def test_calls_outside_jit_compile_an_expert_once() -> None:
+    compiled: Any = blocks.one_expert  # whose type does not list what jit adds
+    compiled.clear_cache()
+    x_MD, weights_MA, ids_MA, kernels = given(11)
+    for _ in range(3):
+        apply_experts(x_MD, weights_MA, ids_MA, held(kernels, "blocks"), "silu", "blocks")
+    before = compiled._cache_size()
+    apply_experts(x_MD * 2, weights_MA, ids_MA, held(kernels, "blocks"), "silu", "blocks")
+    assert compiled._cache_size() == before == 1, "for all experts of all calls"
