@@ -45,7 +45,7 @@ class Judge:
     def block(
         self, layer: int, mode: Mode, batch: Batch, compared: Compared, *, routing_known: bool
     ) -> Iterator[Finding]:
-        """Judge every point of a block; `routing_known` says that no side hides a flip here or before."""
+        """Judge every point of a block; `routing_known` says that no side hides a flip in a block before."""
         traces, routing = compared.traces, compared.routing
         torch, flax, oracle = (self.detail.thin(trace, batch) for trace in traces)
         thinned = (torch, flax, oracle)
@@ -64,7 +64,8 @@ class Judge:
                 recorded = self.detail.roundoff(name)
                 finding = judge(name, point, place, *arrays, rows=rows, recorded_roundoff=recorded)
                 finding = self.detail.weigh(finding)
-            yield self._unless_rerouted(finding, routing_known)
+            reached = name not in BEFORE_ROUTING and routing is None
+            yield self._unless_rerouted(finding, routing_known and not reached)
 
     def operations(self, layer: int, batch: Batch, traces: Traces) -> Iterator[Finding]:
         """Judge every operation, run alone on what torch recorded as its input."""

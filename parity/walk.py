@@ -131,12 +131,12 @@ class Walk:
         if alone:
             yield from self._judge_alone(layer, stream, (torch, flax_alone, exact_alone))
         own = self._beside("propagated", layer, batch, (torch, flax[1], exact[1]))
-        stream.routing_known &= own.routing is not None
         yield from self.judge.block(layer, "propagated", batch, own, routing_known=stream.routing_known)
+        stream.routing_known &= own.routing is not None
         self._move_on(layer, stream, own)
 
     def _judge_local(self, layer: int, stream: Stream, local: Compared) -> Iterator[Finding]:
-        findings = list(self.judge.block(layer, "local", stream.batch, local, routing_known=local.routing is not None))
+        findings = list(self.judge.block(layer, "local", stream.batch, local, routing_known=True))
         yield from findings
         if self.suspect is None and stream.torch_BTD is not None and self.detail == ALL and blamed(findings):
             torch, flax, _ = local.traces

@@ -99,6 +99,21 @@ def test_what_a_side_does_not_offer_is_unchecked(checkpoint: Path, side: type) -
     assert passed == ({"resid_out"} if side is BlocksAlone else set())
 
 
+class WrongAtOnce(BlocksAlone):
+    """One that says nothing of its routing and whose first norm is wrong."""
+
+    def block(self, layer: int, x_BTD: Array, batch: Batch, routing: Array | None = None) -> Trace:
+        own = self._flax.block(layer, x_BTD, batch, routing)
+        return Trace({"input_norm": own["input_norm"] * 2, "resid_out": own["resid_out"]})
+
+
+def test_what_no_flip_can_reach_fails_though_the_routing_is_unknown(checkpoint: Path) -> None:
+    result = run(checkpoint, inputs="quick", dtype="bfloat16", side=WrongAtOnce)
+    assert result.verdict == "fail"
+    wrong = [f for f in result.findings if f.point == "input_norm" and f.mode == "local" and f.dtype == "bfloat16"]
+    assert [finding.verdict for finding in wrong] == ["fail", "fail"], "one a layer"
+
+
 def test_a_point_that_nobody_knows_is_refused(checkpoint: Path) -> None:
     with pytest.raises(BadInput, match="'residual_out', which is no comparison point; did you mean resid_out"):
         run(checkpoint, inputs="quick", side=Misspelt)
