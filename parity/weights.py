@@ -67,7 +67,7 @@ class Rounded(Mapping[str, Array]):
 def _aligned(shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
     """Give memory that begins where a cache line does: JAX takes it over without a copy.
 
-    What is large comes in huge pages: touching it for the first time is then some ten times faster.
+    What is large comes in huge pages, of which there are fewer to touch for the first time.
     """
     nbytes = math.prod(shape) * dtype.itemsize
     if nbytes >= LARGE and hasattr(mmap, "MADV_HUGEPAGE"):  # Linux

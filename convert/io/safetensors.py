@@ -181,7 +181,7 @@ class Writer:
     def _lay_out(self, header: bytes, size: int) -> None:
         """Take the disk now rather than run out of it later, where that does not make writing slow."""
         os.truncate(self._file, size)
-        if self._direct is not None:  # through the page cache, ext4 takes ten times as long for what was so taken
+        if self._direct is not None:  # through the page cache, some file systems are slow to fill what was so taken
             try:
                 os.posix_fallocate(self._file, 0, size)
             except OSError as error:
