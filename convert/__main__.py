@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from convert.errors import BadInput, ConfigError, Interrupted, printable
+from convert.share import SHARE
 
 if TYPE_CHECKING:
     from convert.checkpoint import Checkpoint
@@ -65,6 +66,7 @@ def cli() -> None:
       mixtral-convert Mixtral-8x7B mixtral-flax --dry-run
       mixtral-convert mixtral-flax mixtral-hf --to hf-legacy
       mixtral-convert Mixtral-8x7B small --dtype bfloat16 --json
+      mixtral-convert Mixtral-8x22B mixtral-flax --share 2/4        beside 1/4, 3/4 and 4/4 elsewhere
       mixtral-convert inspect Mixtral-8x7B
 
     \b
@@ -90,6 +92,9 @@ def cli() -> None:
 @click.option("--dry-run", is_flag=True, help="Check everything and print the plan; write nothing.")
 @click.option("--resume", is_flag=True, help="Go on with the same conversion where it was interrupted or killed.")
 @click.option("--overwrite", is_flag=True, help="Replace DST if it is a checkpoint and nothing else.")
+@click.option(
+    "--share", type=SHARE, help="Write the I-th of N shares of the files; the last share to end finishes DST."
+)
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
 def convert(src: Path, dst: Path, as_json: bool, verify: bool, **options: Any) -> None:
     """Write the checkpoint SRC as DST, in the layout --to.
@@ -176,6 +181,9 @@ def _progress_bar() -> Iterator["Progress | None"]:
 def _describe(report: "Report") -> str:
     plan, loss = report.plan, report.loss
     lines = []
+    if report.share is not None and not report.written:
+        share = f"share {report.share}: {len(report.share.of(plan.files))} of {len(plan.files)} files written"
+        return f"{share}; {report.destination} appears when the last share has ended"
     if not report.written:
         lines += [f"  {t.name}  {t.dtype} {list(t.shape)}  from {', '.join(t.sources)}" for t in plan.tensors]
     lines += [f"note: {note}" for note in plan.notes]

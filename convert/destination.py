@@ -15,6 +15,7 @@ from typing import Any
 from convert.errors import BadDestination, Interrupted
 from convert.manifest import JOURNAL, MANIFEST, Journal
 from convert.plan import SIDE_FILES
+from convert.share import Share
 
 __all__ = ["check_destination", "partial_of", "replacing", "restore", "sync_directory", "write_json"]
 
@@ -52,33 +53,45 @@ def check_destination(src: Path, dst: Path, overwrite: bool) -> None:
 
 
 @contextmanager
-def replacing(dst: Path, nbytes: int, conversion: str, *, resume: bool = False, keep: bool = True) -> Iterator[Journal]:
+def replacing(
+    dst: Path,
+    nbytes: int,
+    conversion: str,
+    *,
+    share: Share | None = None,
+    resume: bool = False,
+    keep: bool = True,
+) -> Iterator[Journal]:
     """Give the journal of a directory beside DST that takes its place at the end.
 
     Args:
         dst: the directory to make.
         nbytes: the disk it will take.
         conversion: the fingerprint of what is done.
+        share: this process's part of it; the directory is then put in its place by the one that has taken the journal
+            over, and stays for the others whatever happens to this one.
         resume: go on with what an interrupted conversion has left, instead of removing it.
         keep: leave it for the next one to resume when interrupted.
 
     Raises:
-        BadDestination: it cannot be written; nothing is left then.
+        BadDestination: it cannot be written; nothing is left then, but for what other shares have done.
         Interrupted: by the user; what there is so far is left.
     """
     partial = partial_of(dst)
-    with _journal(partial, conversion, resume) as journal:
+    with _journal(partial, conversion, share, resume or share is not None) as journal:
         try:
             free, taken = shutil.disk_usage(dst.parent).free, _disk_bytes(partial)
             if free + taken < nbytes:
                 raise BadDestination(f"{dst}: needs {nbytes:,} bytes, {free + taken:,} are free")
             yield journal
-            _put_in_place(partial, dst)
+            if journal.finishes:
+                _put_in_place(partial, dst)
         except BaseException as error:
             if keep and isinstance(error, KeyboardInterrupt):
                 message = f"interrupted; {partial} keeps what is done, and --resume goes on from there"
                 raise Interrupted(message) from error
-            shutil.rmtree(partial, ignore_errors=True)
+            if journal.finishes:
+                shutil.rmtree(partial, ignore_errors=True)
             if isinstance(error, OSError):
                 raise BadDestination(f"{dst}: cannot be written: {error.strerror or error}") from error
             raise
@@ -92,7 +105,7 @@ def write_json(path: Path, value: dict[str, Any]) -> None:
         os.fsync(file.fileno())
 
 
-def _journal(partial: Path, conversion: str, resume: bool) -> Journal:
+def _journal(partial: Path, conversion: str, share: Share | None, resume: bool) -> Journal:
     try:
         partial.parent.mkdir(parents=True, exist_ok=True)
         if os.path.lexists(partial) and not resume:
@@ -101,7 +114,7 @@ def _journal(partial: Path, conversion: str, resume: bool) -> Journal:
         partial.mkdir(exist_ok=resume)
     except OSError as error:
         raise BadDestination(f"{partial}: cannot be written: {error.strerror or error}") from error
-    return Journal(partial, conversion)
+    return Journal(partial, conversion, share)
 
 
 def _disk_bytes(directory: Path) -> int:
@@ -111,7 +124,8 @@ def _disk_bytes(directory: Path) -> int:
 def _put_in_place(partial: Path, dst: Path) -> None:
     """Rename, with the old directory out of the way; killed in between, `restore` or the next try puts it right."""
     replaced = _replaced(dst)
-    (partial / JOURNAL).unlink()
+    for journal in partial.glob(f"{JOURNAL}*"):
+        journal.unlink()
     sync_directory(partial)
     if os.path.lexists(dst):
         dst.rename(replaced)

@@ -20,9 +20,10 @@ from convert.errors import BadDestination, TensorMismatch
 from convert.io.files import ORBAX
 from convert.io.safetensors import Reader, Writer
 from convert.layouts import LAYOUTS
-from convert.manifest import MANIFEST, fingerprint, manifest
+from convert.manifest import MANIFEST, Journal, fingerprint, manifest
 from convert.mistral_params import write_params
 from convert.plan import MAX_SHARD_BYTES, Plan, PlannedFile, PlannedTensor, make_plan, shard
+from convert.share import Share
 from convert.stream import Progress, Stream
 from convert.verify import is_complete, verify
 from flax_mixtral.config import MixtralConfig
@@ -43,6 +44,8 @@ class Report:
     """Tensors that a cast changed."""
     non_finite: dict[str, int] = field(default_factory=dict)
     """Tensors with values that are NaN or infinite, and how many; they are kept."""
+    share: Share | None = None
+    """What this process did of it; DST is there when every share is done."""
 
     @property
     def loss(self) -> Loss:
@@ -55,6 +58,7 @@ class Report:
         return {
             "destination": str(self.destination),
             "written": self.written,
+            "share": None if self.share is None else str(self.share),
             "verified": self.verified,
             "seconds": round(self.seconds, 3),
             "losses": {name: {key: getattr(loss, key) for key in names} for name, loss in self.losses.items()},
@@ -75,6 +79,7 @@ def convert(
     dry_run: bool = False,
     resume: bool = False,
     overwrite: bool = False,
+    share: Share | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
     progress: Progress | None = None,
 ) -> Report:
@@ -91,6 +96,8 @@ def convert(
         dry_run: check everything and plan, write nothing.
         resume: go on with what the same conversion has left when it was interrupted, however that was.
         overwrite: replace dst if it is a checkpoint and nothing else.
+        share: write these of the files alone, beside other processes with the other shares, on this machine or on
+            others that see the same directory. The last one to end finishes: dst appears.
         max_shard_bytes: the most bytes of tensors in one file.
         progress: told of every block written.
 
@@ -113,9 +120,14 @@ def convert(
         return Report(plan, dst)
     configs = (name for name in ("config.json", "params.json") if (src / name).exists())
     conversion = fingerprint(plan, (src / name for name in (*configs, *checkpoint.files.readers)))
-    with replacing(dst, plan.disk_bytes, conversion, resume=resume) as journal:
-        stream = Stream(checkpoint.view(to), CASTS.get(dtype), journal, plan.total_bytes, progress)
-        _write_files(plan.files, plan.index_name, LAYOUTS[to].format, stream)
+    own = plan.files if share is None else share.of(plan.files)
+    with replacing(dst, plan.disk_bytes, conversion, share=share, resume=resume) as journal:
+        own_bytes = sum(tensor.nbytes for file in own for tensor in file.tensors)
+        stream = Stream(checkpoint.view(to), CASTS.get(dtype), journal, own_bytes, progress)
+        _write_files(own, LAYOUTS[to].format, stream)
+        if not journal.take_over({file.name for file in plan.files}):
+            return Report(plan, dst, seconds=time.monotonic() - started, share=share)
+        _write_lists(plan.files, plan.index_name, plan.total_bytes, journal)
         if container == "orbax":
             _repack(plan, journal.directory)
         _write_config(plan, checkpoint, journal.directory)
@@ -125,7 +137,7 @@ def convert(
             verify(checkpoint, plan, journal.directory)
         losses = {name: written.loss for name, written in journal.written.items() if written.loss.changed}
         non_finite = {name: written.non_finite for name, written in journal.written.items() if written.non_finite}
-    return Report(plan, dst, True, time.monotonic() - started, verify_written, losses, non_finite)
+    return Report(plan, dst, True, time.monotonic() - started, verify_written, losses, non_finite, share)
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,23 +179,28 @@ def save(dst: str | Path, leaves: Mapping[str, NDArray[Any]], config: MixtralCon
     files, index_name = shard(planned, layout.stem)
     total_bytes = sum(tensor.nbytes for tensor in planned)
     with replacing(dst, total_bytes, "save", keep=False) as journal:
-        _write_files(files, index_name, layout.format, Stream(_Leaves(leaves), None, journal, total_bytes))
+        _write_files(files, layout.format, Stream(_Leaves(leaves), None, journal, total_bytes))
+        _write_lists(files, index_name, total_bytes, journal)
         dtypes = {tensor.dtype.name for tensor in planned}
         dtype = {"dtype": dtypes.pop()} if len(dtypes) == 1 else {}
         write_json(journal.directory / "config.json", {**config.to_hf(), **dtype})
 
 
-def _write_files(files: Sequence[PlannedFile], index_name: str | None, file_format: str, stream: Stream) -> None:
-    """Write the weight files, their index and the manifest."""
-    directory = stream.journal.directory
+def _write_files(files: Sequence[PlannedFile], file_format: str, stream: Stream) -> None:
+    """Write weight files."""
     for file in files:
         specs = [(tensor.name, tensor.dtype, tensor.shape) for tensor in file.tensors]
-        with Writer(directory / file.name, specs, file_format) as writer:
+        with Writer(stream.journal.directory / file.name, specs, file_format) as writer:
             stream.write(writer, file)
+        stream.journal.add_file(file.name)
+
+
+def _write_lists(files: Sequence[PlannedFile], index_name: str | None, total_bytes: int, journal: Journal) -> None:
+    """Write the index of the weight files and the manifest."""
     if index_name is not None:
         weight_map = {tensor.name: file.name for file in files for tensor in file.tensors}
-        write_json(directory / index_name, {"metadata": {"total_size": stream.total_bytes}, "weight_map": weight_map})
-    write_json(directory / MANIFEST, manifest(files, stream.journal.written))
+        write_json(journal.directory / index_name, {"metadata": {"total_size": total_bytes}, "weight_map": weight_map})
+    write_json(journal.directory / MANIFEST, manifest(files, journal.written))
 
 
 def _repack(plan: Plan, directory: Path) -> None:
