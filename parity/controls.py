@@ -9,8 +9,9 @@ import ml_dtypes
 import numpy as np
 
 from convert import Checkpoint
-from flax_mixtral import moe
+from flax_mixtral import experts, moe
 from flax_mixtral.config import MixtralConfig
+from flax_mixtral.experts import Backend, Kernels
 from parity.metrics import Precision
 from parity.planting import Functions, Weights, replaced
 from parity.port import Port
@@ -24,13 +25,14 @@ __all__ = ["CONTROLS", "Control"]
 
 @dataclass(frozen=True, slots=True)
 class Control:
-    """One benign variant of the Flax side, or of the torch side's settings."""
+    """One benign variant of the Flax side, or of the torch side's settings; or prompts continued with a cache."""
 
     slug: str
     side: Callable[[MixtralConfig, Weights], Side] = FlaxSide
     attention: str = "eager"
     experts: str = "grouped_mm"
     threads: int | None = None
+    cached: bool = False
 
     def change(self, port: Port) -> Port:
         """Put the variant in the port's place."""
@@ -141,6 +143,25 @@ class _SoftmaxOfChosen(_Changed):
     functions = ((moe.weigh, _softmax_of_chosen),)
 
 
+def _through(backend: Backend) -> type[FlaxSide]:
+    """Apply the experts by another backend, whatever the model was built for."""
+
+    def apply(
+        x_MD: jax.Array,
+        weights_MA: jax.Array,
+        ids_MA: jax.Array,
+        kernels: Kernels,
+        hidden_act: str,
+        built_for: Backend,
+        exact: Callable[..., jax.Array] = experts.apply_experts,
+    ) -> jax.Array:
+        split = [[stacked[e] for e in range(len(stacked))] for stacked in kernels]
+        wanted = Kernels(*split) if backend == "blocks" else Kernels(*map(jnp.stack, split))
+        return exact(x_MD, weights_MA, ids_MA, wanted, hidden_act, backend)
+
+    return type("_Through", (_Changed,), {"functions": ((experts.apply_experts, apply),)})
+
+
 CONTROLS = (
     Control("unchanged"),
     Control("op-by-op", side=_OpByOp),
@@ -148,9 +169,12 @@ CONTROLS = (
     Control("padded-at-the-other-end", side=_PaddedAtTheOtherEnd),
     Control("taps-off", side=_Untapped),
     Control("softmax-of-chosen", side=_SoftmaxOfChosen),
+    Control("experts-in-blocks", side=_through("blocks")),
+    Control("experts-ragged", side=_through("ragged")),
     Control("independent", side=_independent),
     Control("two-threads", threads=2),
     Control("sdpa", attention="sdpa"),
     Control("experts-eager", experts="eager"),
     Control("experts-batched", experts="batched_mm"),
+    Control("with-a-cache", cached=True),
 )

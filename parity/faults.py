@@ -10,10 +10,11 @@ from typing import Any
 
 import numpy as np
 
-from flax_mixtral import attention, experts, moe, norm, projection, rope
+from flax_mixtral import attention, decoder, experts, moe, norm, projection, rope
 from flax_mixtral.config import MixtralConfig
 from flax_mixtral.decoder import DecoderBlock
 from flax_mixtral.experts import blocks
+from parity import faulty_cache
 from parity import faulty_ops as wrong
 from parity.metrics import Precision
 from parity.planting import Fault, Functions, Need, Weights, planted
@@ -162,6 +163,7 @@ OWN_HEAD = Need(
     lambda scene: scene.config.architecture == "MixtralForCausalLM" and not scene.config.tie_word_embeddings,
 )
 MANY_LAYERS = Need("more than 10 layers", lambda scene: scene.config.num_hidden_layers > 10)
+GENERATES = Need("a language model", lambda scene: scene.config.architecture == "MixtralForCausalLM")
 TIES = Need("router probabilities that tie exactly", lambda scene: scene.ties > 0)
 
 
@@ -345,6 +347,13 @@ RUN_TIME = (
             (blocks.one_expert, inspect.unwrap(blocks.one_expert)),
         ),
         dtypes=F32,
+    ),
+    Fault(
+        slug="cache-position",
+        shows=("decode_logits",),
+        place="cache",
+        functions=_instead((decoder.context_of, faulty_cache.one_further)),
+        needs=GENERATES,
     ),
     Fault(slug="inputs-differ", shows=("embed",), place="model", batch=_other_first_token),
     Fault(slug="hidden-state-after-norm", shows=("resid_out",), trace=_normed),

@@ -6,9 +6,11 @@ from typing import Any
 
 from convert import Checkpoint
 from flax_mixtral.config import MixtralConfig
+from parity.cache_causes import cache_causes
 from parity.cast import ATTENTION, EXPERTS
 from parity.causes import name_causes
 from parity.controls import CONTROLS, Control
+from parity.decoding import continuable
 from parity.faults import FAULTS
 from parity.inputs import Suite, suite
 from parity.metrics import Precision
@@ -19,12 +21,17 @@ from parity.result import Divergence, Result
 from parity.sides.flax import FlaxSide
 from parity.sides.remembering import Remembering
 from parity.sides.torch_hf import TorchSide
+from parity.tokens import Tokens, follow, judge_decoding
 from parity.trace import Batch
+from parity.verdict import Place
 from parity.walk import Sides, Walk
 from parity.weights import Difference, Rounded, compare_configs, compare_weights
 
 __all__ = ["Absent", "Alarm", "Row", "Trial", "passed", "selftest", "steps", "to_json"]
 
+
+FED = 16
+"""Tokens that are fed through the cache."""
 
 NAMED_SHARE = 0.95
 """How many of the planted faults must be named first."""
@@ -93,7 +100,8 @@ class Court:
         self.source, self.batches, self.dtype = source, batches, dtype
         self._leaves = source.view("flax")
         self._torch: dict[tuple[str, str, int | None], Remembering] = {}
-        self._oracle = Remembering(Oracle(source.config, Rounded(source.view("hf-legacy"), dtype)))
+        self._legacy = Rounded(source.view("hf-legacy"), dtype)
+        self._oracle = Remembering(Oracle(source.config, self._legacy))
         self._flax = Remembering(FlaxSide(source.config, Rounded(self._leaves, dtype)))
         self._routing = self.examine(lambda port: port).routing
         # What follows a fault is new to every side each time, and would fill the memory.
@@ -117,9 +125,23 @@ class Court:
         walk = Walk(self.source.config, sides, self.batches, dtype=self.dtype)
         findings = list(walk.run())
         leaves = (self._leaves, port.weights)
-        legacy = Rounded(self.source.view("hf-legacy"), self.dtype)
-        causes = name_causes(self.source.config, differences, leaves, findings, walk.suspect, legacy)
+        causes = name_causes(self.source.config, differences, leaves, findings, walk.suspect, self._legacy)
         return Result(findings, walk.routing, differences, 0, (), self.dtype, {}, {}, {}, causes)
+
+    def continue_prompts(self, change: Callable[[Port], Port]) -> Result:
+        """Continue the prompts with a changed port's cache; torch's tokens are followed."""
+        port = change(Port(self.source.config, self._leaves))
+        flax: Any = port.side(port.config, Rounded(port.weights, self.dtype))  # an own side need not offer a cache
+        config, tokens = self.source.config, Tokens()
+        torch, oracle = self._torch_side(), Oracle(config, self._legacy)
+        for batch in filter(continuable, self.batches):
+            fed_BX = torch.generate(batch, FED)
+            found = follow(config, (torch, flax, oracle), batch, fed_BX, self.dtype)
+            place = Place(None, "cache", batch.name, self.dtype)
+            tokens.continuations.append(found)
+            tokens.findings.extend(judge_decoding(place, found))
+        causes = cache_causes(config, self._legacy, tokens)
+        return Result(tokens.findings, {}, (), 0, (), self.dtype, {}, {}, {}, causes)
 
     def ties(self, layer: int) -> int:
         """Count the tokens whose last expert ties exactly in one layer of the unchanged port."""
@@ -128,17 +150,19 @@ class Court:
     def _reference(self, attention: str, experts: str, threads: int | None) -> Remembering:
         settings = (attention, experts, threads)
         if settings not in self._torch:
-            side = TorchSide(
-                self.source.config,
-                self.source.raw_config,
-                Rounded(self.source.view("hf-fused"), self.dtype),
-                dtype=self.dtype,
-                attention=attention,  # type: ignore[arg-type]  # checked by transformers
-                experts=experts,  # type: ignore[arg-type]  # as above
-                threads=threads,
-            )
-            self._torch[settings] = Remembering(side)
+            self._torch[settings] = Remembering(self._torch_side(attention, experts, threads))
         return self._torch[settings]
+
+    def _torch_side(self, attention: str = ATTENTION, experts: str = EXPERTS, threads: int | None = None) -> TorchSide:
+        return TorchSide(
+            self.source.config,
+            self.source.raw_config,
+            Rounded(self.source.view("hf-fused"), self.dtype),
+            dtype=self.dtype,
+            attention=attention,  # type: ignore[arg-type]  # checked by transformers
+            experts=experts,  # type: ignore[arg-type]  # as above
+            threads=threads,
+        )
 
 
 def selftest(
@@ -171,8 +195,7 @@ def selftest(
     for dtype in dtypes:
         court = Court(source, batches, dtype)
         for control in controls:
-            result = court.examine(control.change, control.attention, control.experts, control.threads)
-            yield Alarm(control.slug, dtype, result.verdict != "pass", _at(result), _worst(result))
+            yield _listen(court, control)
         scene = Scene(config, court.ties(where))
         for fault in faults:
             if dtype not in fault.dtypes:
@@ -194,11 +217,20 @@ def passed(rows: Sequence[Row]) -> bool:
     return all(trial.found and trial.placed for trial in trials) and named and not accused
 
 
+def _listen(court: Court, control: Control) -> Alarm:
+    if control.cached:
+        result = court.continue_prompts(control.change)
+    else:
+        result = court.examine(control.change, control.attention, control.experts, control.threads)
+    return Alarm(control.slug, court.dtype, result.verdict != "pass", _at(result), _worst(result))
+
+
 def _try(court: Court, fault: Fault, where: int, config: MixtralConfig) -> Trial:
-    layer = {"layer": where, "head": None, "model": fault.fixed_layer}[fault.place]
+    layer = {"layer": where, "head": None, "model": fault.fixed_layer, "cache": None}[fault.place]
     if fault.slug == "hidden-state-after-norm":
         layer = where = config.num_hidden_layers - 1
-    result = court.examine(planted(fault, where))
+    change = planted(fault, where)
+    result = court.continue_prompts(change) if fault.place == "cache" else court.examine(change)
     first = _first(result)
     found = result.verdict == ("unchecked" if fault.unchecked else "fail")
     placed = first is not None and first.layer == layer and _kind(first.point) in fault.shows
