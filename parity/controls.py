@@ -7,13 +7,14 @@ import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
+from jax.sharding import AxisType
 
 from convert import Checkpoint
 from flax_mixtral import experts, moe
 from flax_mixtral.config import MixtralConfig
-from flax_mixtral.experts import Backend, Kernels
+from flax_mixtral.experts import Backend, Kernels, choose_backend
 from parity.metrics import Precision
-from parity.planting import Functions, Weights, replaced
+from parity.planting import GENERATES, Functions, Need, Scene, Weights, replaced
 from parity.port import Port
 from parity.sides import Side
 from parity.sides.flax import FlaxSide, run_block
@@ -22,10 +23,23 @@ from parity.trace import Array, Batch, Trace
 
 __all__ = ["CONTROLS", "Control"]
 
+DEVICES = 8
+"""Among which experts are shared."""
+
 
 @dataclass(frozen=True, slots=True)
 class Control:
-    """One benign variant of the Flax side, or of the torch side's settings; or prompts continued with a cache."""
+    """One benign variant of the Flax side, or of the torch side's settings; or prompts continued with a cache.
+
+    Args:
+        slug: its name.
+        side: the Flax side.
+        attention: torch's implementation.
+        experts: torch's implementation.
+        threads: torch's.
+        cached: whether prompts are continued instead of walked.
+        needs: without which there is nothing to try; None where every model and machine has it.
+    """
 
     slug: str
     side: Callable[[MixtralConfig, Weights], Side] = FlaxSide
@@ -33,10 +47,15 @@ class Control:
     experts: str = "grouped_mm"
     threads: int | None = None
     cached: bool = False
+    needs: Need | None = None
 
     def change(self, port: Port) -> Port:
         """Put the variant in the port's place."""
         return replace(port, side=self.side)
+
+    def lacks(self, scene: Scene) -> str | None:
+        """Say what is missing for the variant to exist, or None."""
+        return None if self.needs is None or self.needs.met(scene) else self.needs.says
 
 
 class _OpByOp(FlaxSide):
@@ -144,7 +163,7 @@ class _SoftmaxOfChosen(_Changed):
 
 
 def _through(backend: Backend) -> type[FlaxSide]:
-    """Apply the experts by another backend, whatever the model was built for."""
+    """Apply the experts by another backend than the model was built for."""
 
     def apply(
         x_MD: jax.Array,
@@ -162,6 +181,26 @@ def _through(backend: Backend) -> type[FlaxSide]:
     return type("_Through", (_Changed,), {"functions": ((experts.apply_experts, apply),)})
 
 
+class _OverDevices(_through("parallel")):  # type: ignore[misc]  # a class that is made by a function
+    """The experts shared among devices."""
+
+    def block(self, layer: int, x_BTD: Array, batch: Batch, routing: Array | None = None) -> Trace:
+        """See `Side.block`."""
+        with jax.set_mesh(jax.make_mesh((DEVICES,), ("expert",), axis_types=(AxisType.Auto,))):
+            trace: Trace = super().block(layer, x_BTD, batch, routing)
+        return trace
+
+
+def _other_than(backend: Backend) -> Need:
+    return Need("a model built for another backend", lambda scene: choose_backend("auto", scene.config) != backend)
+
+
+SHARED = Need(
+    f"{DEVICES} devices, as XLA_FLAGS=--xla_force_host_platform_device_count={DEVICES} simulates, to share the experts "
+    "evenly",
+    lambda scene: len(jax.devices()) >= DEVICES and scene.config.num_local_experts % DEVICES == 0,
+)
+
 CONTROLS = (
     Control("unchanged"),
     Control("op-by-op", side=_OpByOp),
@@ -169,12 +208,14 @@ CONTROLS = (
     Control("padded-at-the-other-end", side=_PaddedAtTheOtherEnd),
     Control("taps-off", side=_Untapped),
     Control("softmax-of-chosen", side=_SoftmaxOfChosen),
-    Control("experts-in-blocks", side=_through("blocks")),
-    Control("experts-ragged", side=_through("ragged")),
+    Control("experts-dense", side=_through("dense"), needs=_other_than("dense")),
+    Control("experts-in-blocks", side=_through("blocks"), needs=_other_than("blocks")),
+    Control("experts-ragged", side=_through("ragged"), needs=_other_than("ragged")),
+    Control("experts-over-devices", side=_OverDevices, needs=SHARED),
     Control("independent", side=_independent),
     Control("two-threads", threads=2),
     Control("sdpa", attention="sdpa"),
     Control("experts-eager", experts="eager"),
     Control("experts-batched", experts="batched_mm"),
-    Control("with-a-cache", cached=True),
+    Control("with-a-cache", cached=True, needs=GENERATES),
 )

@@ -17,7 +17,7 @@ from flax_mixtral.experts import blocks
 from parity import faulty_cache
 from parity import faulty_ops as wrong
 from parity.metrics import Precision
-from parity.planting import Fault, Functions, Need, Weights, planted
+from parity.planting import GENERATES, Fault, Functions, Need, Weights, planted
 from parity.sides import flax_operations
 from parity.sides.flax import FlaxSide
 from parity.trace import Array, Batch, Trace
@@ -163,7 +163,6 @@ OWN_HEAD = Need(
     lambda scene: scene.config.architecture == "MixtralForCausalLM" and not scene.config.tie_word_embeddings,
 )
 MANY_LAYERS = Need("more than 10 layers", lambda scene: scene.config.num_hidden_layers > 10)
-GENERATES = Need("a language model", lambda scene: scene.config.architecture == "MixtralForCausalLM")
 TIES = Need("router probabilities that tie exactly", lambda scene: scene.ties > 0)
 
 

@@ -21,7 +21,7 @@ from parity.sides.flax import FlaxSide, run_block
 from parity.sides.flax_operations import block_operations, expert_operations
 from parity.trace import Array, Batch, Trace
 
-__all__ = ["Fault", "Functions", "Need", "Scene", "Weights", "planted", "replaced"]
+__all__ = ["GENERATES", "Fault", "Functions", "Need", "Scene", "Weights", "planted", "replaced"]
 
 Weights = Mapping[str, Array]
 Functions = tuple[tuple[Callable[..., Any], Callable[..., Any]], ...]
@@ -51,6 +51,9 @@ class Need:
 
     says: str
     met: Callable[[Scene], bool]
+
+
+GENERATES = Need("a language model", lambda scene: scene.config.architecture == "MixtralForCausalLM")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -77,7 +77,7 @@ class Alarm:
 
 @dataclass(frozen=True, slots=True)
 class Absent:
-    """A fault that this model, or these inputs, cannot have, and what it would need."""
+    """A fault or a control that this model, these inputs or this machine cannot have, and what it would need."""
 
     slug: str
     dtype: Precision
@@ -194,9 +194,10 @@ def selftest(
     batches = suite(inputs, config, seed)
     for dtype in dtypes:
         court = Court(source, batches, dtype)
-        for control in controls:
-            yield _listen(court, control)
         scene = Scene(config, court.ties(where))
+        for control in controls:
+            lacking = control.lacks(scene)
+            yield _listen(court, control) if lacking is None else Absent(control.slug, dtype, lacking)
         for fault in faults:
             if dtype not in fault.dtypes:
                 continue

@@ -32,7 +32,7 @@ def render(rows: Sequence[Row]) -> RenderableType:
         verdict = Text("false alarm", style="red") if alarm.false_alarm else Text("silent", style="green")
         table.add_row(alarm.slug, alarm.dtype, verdict, "", "", alarm.at, f"{alarm.margin:.3g}")
     for absent in (row for row in rows if isinstance(row, Absent)):
-        table.add_row(absent.slug, absent.dtype, Text(f"not planted: needs {absent.needs}", style="yellow"))
+        table.add_row(absent.slug, absent.dtype, Text(f"not tried: needs {absent.needs}", style="yellow"))
     found, placed = sum(trial.found for trial in trials), sum(trial.placed for trial in trials)
     named = sum(trial.named for trial in trials)
     false = sum(alarm.false_alarm for alarm in alarms)

@@ -5,12 +5,16 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
 from convert import Checkpoint, convert
 from flax_mixtral import experts
+from flax_mixtral.experts import Kernels, parallel
+from flax_mixtral.experts.dense import masked_sum
 from parity.controls import CONTROLS
 from parity.drawn import DEFAULT, draw
 from parity.faults import FAULTS, planted
@@ -42,6 +46,7 @@ SIX = (
     "kv-heads-tiled",
 )
 BY_SLUG = {fault.slug: fault for fault in FAULTS}
+BY_CONTROL = {control.slug: control for control in CONTROLS}
 QUICK = {
     "float32": ("residual-from-normed", "causal-mask-missing", "capacity-drop", "points-missing", "lm-head-wrong"),
     "bfloat16": ("norm-cast-order", "norm-not-upcast", "combine-low-precision", "jitter-on", "traces-do-not-overlap"),
@@ -109,6 +114,46 @@ def test_ties_are_found_where_routers_tie_and_their_order_is_judged(tmp_path: Pa
     rows = list(selftest(source, dtypes=["float32"], inputs="quick", faults=faults, controls=CONTROLS[:1]))
     assert [type(row) for row in rows] == [Alarm, Trial]
     assert passed(rows), rows
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_wrong_cache_is_found_and_a_right_one_is_silent(checkpoint: Path, dtype: Precision) -> None:
+    faults, controls = [BY_SLUG["cache-position"]], [BY_CONTROL["with-a-cache"]]
+    source = Checkpoint.open(checkpoint)
+    rows = list(selftest(source, dtypes=[dtype], inputs="quick", faults=faults, controls=controls))
+    assert [type(row) for row in rows] == [Alarm, Trial]
+    assert passed(rows), rows
+
+
+def test_controls_run_the_backend_that_they_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def nothing(
+        x_MD: jax.Array, weights_MA: jax.Array, ids_MA: jax.Array, kernels: Kernels, hidden_act: str
+    ) -> jax.Array:
+        return jnp.zeros_like(x_MD)
+
+    monkeypatch.setattr(experts, "BACKENDS", {**experts.BACKENDS, "blocks": nothing, "ragged": nothing})
+    source = Checkpoint.open(draw(tmp_path / "drawn", replace(DEFAULT, num_hidden_layers=1)))
+    slugs = ("experts-dense", "experts-in-blocks", "experts-ragged", "experts-over-devices")
+    controls = [BY_CONTROL[slug] for slug in slugs[: 3 if len(jax.devices()) > 1 else 4]]
+    rows = list(selftest(source, dtypes=["float32"], inputs="quick", faults=(), controls=controls))
+    assert [row.at for row in rows if isinstance(row, Alarm)] == ["0 moe_out"] * 2
+    absent = [row.needs for row in rows if isinstance(row, Absent)]
+    assert absent[0] == "a model built for another backend"
+    assert all(needs.startswith("8 devices") for needs in absent[1:])
+
+
+@pytest.mark.multidevice
+def test_experts_shared_among_eight_devices_are_not_accused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = Checkpoint.open(draw(tmp_path / "drawn", replace(DEFAULT, num_hidden_layers=1)))
+    controls = [BY_CONTROL["experts-over-devices"]]
+    rows = list(selftest(source, inputs="quick", faults=(), controls=controls))
+    assert [type(row) for row in rows] == [Alarm, Alarm]
+    assert passed(rows), rows
+    monkeypatch.setattr(parallel, "masked_sum", lambda x, weights, ids, *rest: masked_sum(x, weights, ids + 1, *rest))
+    (row,) = selftest(source, dtypes=["float32"], inputs="quick", faults=(), controls=controls)
+    assert isinstance(row, Alarm)
+    assert row.at == "0 moe_out", "each expert has another one's tokens"
 
 
 def test_a_fault_reaches_experts_that_are_compiled_by_themselves(
