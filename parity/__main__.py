@@ -8,6 +8,7 @@ from parity.commands.compare import compare
 from parity.commands.record import record
 from parity.commands.run import EXAMPLES, run
 from parity.commands.selftest import selftest
+from parity.compilation_cache import keep_compilations
 
 __all__ = ["main"]
 
@@ -17,7 +18,11 @@ BAD_INPUT, INTERRUPTED = 3, 5
 @click.group(context_settings={"help_option_names": ["-h", "--help"]}, epilog=EXAMPLES)
 @click.version_option(package_name="flax-mixtral")
 def cli() -> None:
-    """Compare Flax's Mixtral with PyTorch's, block by block, against an exact float64 run."""
+    """Compare Flax's Mixtral with PyTorch's, block by block, against an exact float64 run.
+
+    Compiled programs are kept for the next run, in the user's cache directory. JAX_COMPILATION_CACHE_DIR names another
+    one, and JAX_ENABLE_COMPILATION_CACHE=false keeps none.
+    """
 
 
 cli.add_command(run)
@@ -28,6 +33,7 @@ cli.add_command(selftest)
 
 def main() -> None:
     """Run the command; every refusal is one message on stderr and its exit code."""
+    keep_compilations()
     from convert import BadInput
     from flax_mixtral.config import ConfigError
 
