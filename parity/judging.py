@@ -14,7 +14,7 @@ from parity.stream import Compared
 from parity.trace import Array, Batch, Trace
 from parity.verdict import Finding, Mode, Place, judge
 
-__all__ = ["BEFORE_ROUTING", "Judge", "blamed"]
+__all__ = ["BEFORE_ROUTING", "Judge", "blamed", "unless_rerouted"]
 
 Traces = tuple[Trace, Trace, Trace]
 """Torch's, Flax's and the oracle's."""
@@ -42,10 +42,8 @@ class Judge:
         """Say where a comparison stands."""
         return Place(layer, mode, batch.name, self.dtype)
 
-    def block(
-        self, layer: int, mode: Mode, batch: Batch, compared: Compared, *, routing_known: bool
-    ) -> Iterator[Finding]:
-        """Judge every point of a block; `routing_known` says that no side hides a flip in a block before."""
+    def block(self, layer: int, mode: Mode, batch: Batch, compared: Compared, *, settled: bool) -> Iterator[Finding]:
+        """Judge every point of a block; `settled` says that no side can hide a flip in a block before."""
         traces, routing = compared.traces, compared.routing
         torch, flax, oracle = (self.detail.thin(trace, batch) for trace in traces)
         thinned = (torch, flax, oracle)
@@ -64,20 +62,19 @@ class Judge:
                 recorded = self.detail.roundoff(name)
                 finding = judge(name, point, place, *arrays, rows=rows, recorded_roundoff=recorded)
                 finding = self.detail.weigh(finding)
-            reached = name not in BEFORE_ROUTING and routing is None
-            yield self._unless_rerouted(finding, routing_known and not reached)
+            yield unless_rerouted(finding, settled and (compared.settled or name in BEFORE_ROUTING))
 
     def operations(self, layer: int, batch: Batch, traces: Traces) -> Iterator[Finding]:
         """Judge every operation, run alone on what torch recorded as its input."""
         for name, point in operation_points(self.config):
             yield self._operation(name, point, self.place(layer, "operation", batch), traces, batch)
 
-    def head(self, mode: Mode, batch: Batch, traces: Traces, *, routing_known: bool) -> Iterator[Finding]:
+    def head(self, mode: Mode, batch: Batch, traces: Traces, *, settled: bool) -> Iterator[Finding]:
         """Judge final norm, logits and losses."""
         for name, point in head_points(self.config):
             arrays = (trace.arrays.get(name) for trace in traces)
             finding = judge(name, point, self.place(None, mode, batch), *arrays, rows=_real_rows(point, batch))
-            yield self._unless_rerouted(finding, routing_known)
+            yield unless_rerouted(finding, settled)
 
     def _operation(self, name: str, point: Point, place: Place, traces: Traces, batch: Batch) -> Finding:
         arrays = [trace.arrays.get(name) for trace in traces]
@@ -89,13 +86,6 @@ class Judge:
         pairs_BTS = batch.pairs_BTS
         seen = [None if array is None else array.swapaxes(0, 1)[:, pairs_BTS].reshape(-1, 1) for array in arrays]
         return judge(name, point, place, *seen)
-
-    def _unless_rerouted(self, finding: Finding, routing_known: bool) -> Finding:
-        """Leave a failure in bfloat16 unchecked where a benign flip that no side tells of would cause it too."""
-        if routing_known or self.dtype != "bfloat16" or finding.verdict != "fail":
-            return finding
-        reason = f"{finding.reason}; a side does not say how it routed here or before"
-        return replace(finding, verdict="unchecked", reason=reason)
 
     def _weights(self, point: Point, place: Place, traces: Traces, batch: Batch, forced: bool) -> Finding:
         """Compare routing weights expert by expert: the order of a token's experts is no difference."""
@@ -112,6 +102,14 @@ class Judge:
 def blamed(findings: Sequence[Finding]) -> bool:
     """Say whether a block or the head failed by itself: a wrong head spoils every block's lens."""
     return any(finding.verdict == "fail" and finding.point != "lens" for finding in findings)
+
+
+def unless_rerouted(finding: Finding, settled: bool) -> Finding:
+    """Leave a failure unchecked where a benign flip that no side tells of would cause it too."""
+    if settled or finding.verdict != "fail":
+        return finding
+    reason = f"{finding.reason}; a side does not say how it routed here or before, where rounding can change it"
+    return replace(finding, verdict="unchecked", reason=reason)
 
 
 def _judge_routing(name: str, place: Place, routing: LayerRouting | None) -> Finding:

@@ -63,16 +63,7 @@ def statistics(error_RC: Array, exact_RC: Array) -> Statistics:
         Of a single row, channels are elements, whose own relative errors say nothing about rounding: there the channel
         statistic is that of the row; and the same the other way round.
     """
-    magnitude = float(_rms(exact_RC, None))
-    floor = max(magnitude * 2.0**-24, TINY)
-    per_row = _rms(error_RC, 1) / np.maximum(_rms(exact_RC, 1), floor)
-    per_channel = _rms(error_RC, 0) / np.maximum(_rms(exact_RC, 0), floor)
-    worst_row, worst_channel = float(per_row.max()), float(per_channel.max())
-    if len(error_RC) == 1:
-        worst_channel = worst_row
-    elif error_RC.shape[1] == 1:
-        worst_row = worst_channel
-    return Statistics(float(_rms(error_RC, None)), worst_row, worst_channel, float(np.abs(error_RC).max()))
+    return _relate(_sizes(error_RC), _sizes(exact_RC))
 
 
 def margin(torch_RC: Array, flax_RC: Array, exact_RC: Array, unit_roundoff: float) -> Margin:
@@ -88,21 +79,43 @@ def margin(torch_RC: Array, flax_RC: Array, exact_RC: Array, unit_roundoff: floa
         The largest of the four ratios stat(Flax's error) / max(stat(torch's error), unit_roundoff * magnitude).
     """
     flax_error_RC = flax_RC.astype(np.float64) - exact_RC
-    torch_stats = statistics(torch_RC.astype(np.float64) - exact_RC, exact_RC)
-    flax_stats = statistics(flax_error_RC, exact_RC)
-    magnitude = float(_rms(exact_RC, None))
+    exact = _sizes(exact_RC)
+    torch_stats = _relate(_sizes(torch_RC.astype(np.float64) - exact_RC), exact)
+    flax_stats = _relate(_sizes(flax_error_RC), exact)
     # The two relative statistics have magnitude 1; the two absolute ones that of the array and of its largest element.
-    one_rounding = Statistics(magnitude, 1.0, 1.0, float(np.abs(exact_RC).max()))
+    one_rounding = Statistics(exact.pooled, 1.0, 1.0, exact.largest)
     ratios = {
         name: flax / max(torch, unit_roundoff * unit, TINY)
         for name, flax, torch, unit in zip(Statistics._fields, flax_stats, torch_stats, one_rounding, strict=True)
     }
     worst = max(ratios, key=lambda name: ratios[name])
-    relative = max(magnitude, TINY)
+    relative = max(exact.pooled, TINY)
     row = int(np.abs(flax_error_RC).max(axis=1).argmax())
     return Margin(ratios[worst], worst, torch_stats.pooled / relative, flax_stats.pooled / relative, row)
 
 
-def _rms(x: Array, axis: int | None) -> Array:
-    root: Array = np.sqrt(np.mean(np.square(x), axis=axis))
-    return root
+class _Sizes(NamedTuple):
+    """RMS of an array, of its rows and of its channels, and its largest absolute element."""
+
+    pooled: float
+    of_row_R: Array
+    of_channel_C: Array
+    largest: float
+
+
+def _sizes(x_RC: Array) -> _Sizes:
+    squares_RC = np.square(x_RC)
+    squares_R = squares_RC.mean(axis=1)
+    largest = float(max(x_RC.max(), -x_RC.min()))
+    return _Sizes(float(np.sqrt(squares_R.mean())), np.sqrt(squares_R), np.sqrt(squares_RC.mean(axis=0)), largest)
+
+
+def _relate(error: _Sizes, exact: _Sizes) -> Statistics:
+    floor = max(exact.pooled * 2.0**-24, TINY)
+    worst_row = float((error.of_row_R / np.maximum(exact.of_row_R, floor)).max())
+    worst_channel = float((error.of_channel_C / np.maximum(exact.of_channel_C, floor)).max())
+    if len(error.of_row_R) == 1:
+        worst_channel = worst_row
+    elif len(error.of_channel_C) == 1:
+        worst_row = worst_channel
+    return Statistics(error.pooled, worst_row, worst_channel, error.largest)

@@ -6,7 +6,7 @@ import numpy as np
 
 from parity.trace import Array, Batch, Trace
 
-__all__ = ["Flip", "LayerRouting", "comparable_ids", "compare_routing", "dense_weights", "rerouted"]
+__all__ = ["Flip", "LayerRouting", "comparable_ids", "compare_routing", "contested", "dense_weights", "rerouted"]
 
 EXCUSED_ERRORS = 4.0
 """A flip is rounding where the oracle's margin is within so many of the token's calibrated logit errors: 2 left 3 flips
@@ -78,12 +78,8 @@ def compare_routing(torch: Trace, flax: Trace, oracle: Trace, batch: Batch) -> L
     """
     torch_MA, flax_MA = _by_number(torch), _by_number(flax)
     same_count = torch_MA.shape == flax_MA.shape
-    exact_ME = oracle["router_logits"].astype(np.float64)
-    torch_ME = torch["router_logits"].astype(np.float64)
     real = batch.real_M
-    margin_M, error_M = _margins(exact_ME, torch_MA.shape[1]), np.abs(torch_ME - exact_ME).max(axis=1)
-    calibrated_M = np.maximum(error_M, np.median(error_M[real])) if real.any() else error_M
-    tie_M = _margins(torch_ME, torch_MA.shape[1]) == 0
+    margin_M, error_M, tie_M = _certainty(torch, oracle, batch)
     differs_M = rerouted(torch, flax, batch)
     flips = tuple(
         Flip(
@@ -91,15 +87,38 @@ def compare_routing(torch: Trace, flax: Trace, oracle: Trace, batch: Batch) -> L
             tuple(map(int, torch_MA[m])),
             tuple(map(int, flax_MA[m])),
             float(margin_M[m]) if same_count else float("inf"),
-            float(calibrated_M[m]),
+            float(error_M[m]),
             bool(tie_M[m]) and same_count,
         )
         for m in np.flatnonzero(differs_M)
     )
-    load = np.bincount(torch_MA[real].reshape(-1), minlength=exact_ME.shape[1])
+    load = np.bincount(torch_MA[real].reshape(-1), minlength=oracle["router_logits"].shape[1])
     least, median = (float(pick(margin_M[real])) if real.any() else float("nan") for pick in (np.min, np.median))
     ties, misbroken = _ties(flax, real)
     return LayerRouting(int(real.sum()), flips, least, median, tuple(map(int, load)), ties, misbroken)
+
+
+def contested(torch: Trace, oracle: Trace, batch: Batch) -> bool:
+    """Say whether rounding alone can send a real token to other experts, so that a side that hides its routing may.
+
+    Args:
+        torch: a block's trace; without its `router_ids` and `router_logits` nobody can say, and the answer is yes.
+        oracle: the exact `router_logits`.
+        batch: says which tokens are real.
+    """
+    if any(name not in trace.arrays for trace in (torch, oracle) for name in ("router_ids", "router_logits")):
+        return True
+    margin_M, error_M, tie_M = _certainty(torch, oracle, batch)
+    return bool(((tie_M | (margin_M <= EXCUSED_ERRORS * error_M)) & batch.real_M).any())
+
+
+def _certainty(torch: Trace, oracle: Trace, batch: Batch) -> tuple[Array, Array, Array]:
+    """Give each token's exact margin, its calibrated logit error, and whether torch's own logits tie: [M] each."""
+    exact_ME, torch_ME = (trace["router_logits"].astype(np.float64) for trace in (oracle, torch))
+    A, real = torch["router_ids"].shape[1], batch.real_M
+    error_M = np.abs(torch_ME - exact_ME).max(axis=1)
+    calibrated_M = np.maximum(error_M, np.median(error_M[real])) if real.any() else error_M
+    return _margins(exact_ME, A), calibrated_M, _margins(torch_ME, A) == 0
 
 
 def _ties(flax: Trace, real_M: Array) -> tuple[int, tuple[int, ...]]:

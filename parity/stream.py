@@ -20,8 +20,8 @@ class Stream:
     oracle_BTD: Array | None
     flipped_M: Array
     """Tokens that any layer so far routed differently in the propagated stream."""
-    routing_known: bool = True
-    """Whether every side has said so far how it routed in the propagated stream."""
+    settled: bool = True
+    """Whether no side can have routed otherwise so far, in the propagated stream, without saying so."""
     router_logits: dict[str, list[Array]] = field(default_factory=lambda: {"torch": [], "flax": [], "oracle": []})
     torch_logits: Array | None = None
     oracle_logits: Array | None = None
@@ -41,3 +41,5 @@ class Compared:
     traces: tuple[Trace, Trace, Trace]
     routing: LayerRouting | None
     """None where a side does not say how it routed."""
+    settled: bool
+    """Whether it is said, or no rounding can change it."""

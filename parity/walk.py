@@ -12,7 +12,7 @@ from parity.detail import ALL, Detail
 from parity.drift import Drift, compare_logits
 from parity.judging import BEFORE_ROUTING, Judge, blamed
 from parity.metrics import Precision
-from parity.router import LayerRouting, comparable_ids, compare_routing, rerouted
+from parity.router import LayerRouting, comparable_ids, compare_routing, contested, rerouted
 from parity.sides.offered import Offered
 from parity.stream import Compared, Stream
 from parity.trace import Array, Batch, Trace
@@ -131,12 +131,12 @@ class Walk:
         if alone:
             yield from self._judge_alone(layer, stream, (torch, flax_alone, exact_alone))
         own = self._beside("propagated", layer, batch, (torch, flax[1], exact[1]))
-        yield from self.judge.block(layer, "propagated", batch, own, routing_known=stream.routing_known)
-        stream.routing_known &= own.routing is not None
+        yield from self.judge.block(layer, "propagated", batch, own, settled=stream.settled)
+        stream.settled &= own.settled
         self._move_on(layer, stream, own)
 
     def _judge_local(self, layer: int, stream: Stream, local: Compared) -> Iterator[Finding]:
-        findings = list(self.judge.block(layer, "local", stream.batch, local, routing_known=True))
+        findings = list(self.judge.block(layer, "local", stream.batch, local, settled=True))
         yield from findings
         if self.suspect is None and stream.torch_BTD is not None and self.detail == ALL and blamed(findings):
             torch, flax, _ = local.traces
@@ -181,10 +181,11 @@ class Walk:
 
     def _beside(self, mode: Mode, layer: int, batch: Batch, traces: tuple[Trace, Trace, Trace]) -> Compared:
         """Put the sides' traces of a block side by side, each with its lens."""
-        _, flax, oracle = traces
+        torch, flax, oracle = traces
         self._with_lens(self.oracle, oracle, batch)
         self._with_lens(self.flax, flax, batch)
-        return Compared(traces, self._compare_routing(layer, mode, batch, traces))
+        routing = self._compare_routing(layer, mode, batch, traces)
+        return Compared(traces, routing, settled=routing is not None or not contested(torch, oracle, batch))
 
     def _compare_routing(
         self, layer: int, mode: Mode, batch: Batch, traces: tuple[Trace, Trace, Trace]
@@ -224,8 +225,8 @@ class Walk:
                 self._note_drift(None, batch, stream.torch_logits, flax.arrays.get("logits"))
             if self.config.architecture == "MixtralForCausalLM":
                 self._add_losses(stream, mode, torch, flax, oracle)
-            routing_known = mode == "local" or stream.routing_known
-            findings = list(self.judge.head(mode, batch, (torch, flax, oracle), routing_known=routing_known))
+            settled = mode == "local" or stream.settled
+            findings = list(self.judge.head(mode, batch, (torch, flax, oracle), settled=settled))
             if self.suspect is None and mode == "local" and stream.torch_BTD is not None and blamed(findings):
                 self.suspect = Suspect(None, batch, stream.torch_BTD, torch, flax, self.dtype)
             yield from findings

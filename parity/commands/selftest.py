@@ -47,18 +47,20 @@ def selftest(
     change which is no fault was taken for one.
     """
     from convert import Checkpoint
+    from parity.courts import hold_courts
     from parity.drawn import draw
     from parity.selftest import Row, passed, steps, to_json
-    from parity.selftest import selftest as run_selftest
 
     with tempfile.TemporaryDirectory() as folder, progress_bar() as progress:
-        source = Checkpoint.open(checkpoint if checkpoint is not None else draw(Path(folder) / "drawn", seed=seed))
+        path = checkpoint if checkpoint is not None else draw(Path(folder) / "drawn", seed=seed)
+        Checkpoint.open(path)  # says at once what is wrong with it
         rows: list[Row] = []
         total = steps(dtypes)
         progress("first compilations", 0, total)
-        for row in run_selftest(source, dtypes=dtypes, inputs=suite, seed=seed):
+        for row in hold_courts(path, dtypes=tuple(dict.fromkeys(dtypes)), inputs=suite, seed=seed):
             rows.append(row)
             progress(row.slug, len(rows), total)
+    rows.sort(key=lambda row: dtypes.index(row.dtype))
     if as_json:
         click.echo(json.dumps([to_json(row) for row in rows], indent=1))
     else:

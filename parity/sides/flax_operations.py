@@ -71,10 +71,13 @@ def expert_operations(x_RD: jax.Array, given: Given, kernels: Kernels, hidden_ac
 
 def combine(given: Trace, shape_BTD: tuple[int, ...]) -> Array:
     """Sum the experts' recorded outputs by their routing weights, in float32 and with one cast."""
-    dtype = given["moe_out"].dtype
-    sum_MD = jnp.zeros((shape_BTD[0] * shape_BTD[1], shape_BTD[2]), jnp.float32)
+    M, D = shape_BTD[0] * shape_BTD[1], shape_BTD[2]
+    sum_MD = jnp.zeros((M, D), jnp.float32)
     for expert, rows_R in given.rows.items():
         hit_R, weights_R = routed(given, expert)
-        down_RD = jnp.asarray(given[f"expert.{expert}.down"][hit_R])
-        sum_MD = sum_MD.at[rows_R[hit_R]].add(weighted(down_RD, jnp.asarray(weights_R[hit_R])))
-    return np.asarray(sum_MD.astype(dtype)).reshape(shape_BTD)
+        down_RD = given[f"expert.{expert}.down"]
+        # Of every token, that one compilation serves every expert; those that are not routed to it add zero.
+        down_MD, weights_M = np.zeros((M, D), down_RD.dtype), np.zeros(M, weights_R.dtype)
+        down_MD[rows_R[hit_R]], weights_M[rows_R[hit_R]] = down_RD[hit_R], weights_R[hit_R]
+        sum_MD = sum_MD + weighted(jnp.asarray(down_MD), jnp.asarray(weights_M))
+    return np.asarray(sum_MD.astype(given["moe_out"].dtype)).reshape(shape_BTD)

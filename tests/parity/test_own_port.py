@@ -5,13 +5,16 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from convert import BadInput
+from convert import BadInput, convert
 from examples.plain_jax import PlainJax
 from parity.__main__ import main
+from parity.drawn import DEFAULT, draw
+from parity.result import Divergence
 from parity.runner import run
 from parity.sides.flax import FlaxSide
 from parity.trace import Array, Batch, Trace
@@ -112,6 +115,38 @@ def test_what_no_flip_can_reach_fails_though_the_routing_is_unknown(checkpoint: 
     assert result.verdict == "fail"
     wrong = [f for f in result.findings if f.point == "input_norm" and f.mode == "local" and f.dtype == "bfloat16"]
     assert [finding.verdict for finding in wrong] == ["fail", "fail"], "one a layer"
+
+
+class Unsaid(FlaxSide):
+    """A right port, whole, that says nothing of its routing."""
+
+    def block(self, layer: int, x_BTD: Array, batch: Batch, routing: Array | None = None) -> Trace:
+        return Trace({"resid_out": super().block(layer, x_BTD, batch, routing)["resid_out"]})
+
+
+def test_where_the_router_ties_a_port_that_does_not_say_how_it_routed_is_not_accused(tmp_path: Path) -> None:
+    config = replace(DEFAULT, num_hidden_layers=2, num_experts_per_tok=3)
+    convert(draw(tmp_path / "drawn", config, tied_routers=True), tmp_path / "torch", to="hf-fused")
+    result = run(tmp_path / "torch", inputs="quick", side=Unsaid)
+    assert result.verdict == "unchecked", result.first_divergence
+    unsaid = [f for f in result.findings if "does not say how it routed" in (f.reason or "")]
+    assert {(f.point, f.mode) for f in unsaid} >= {
+        ("resid_out", "local"),
+        ("logits", "propagated"),
+        ("logits", "whole"),
+    }
+
+
+class WrongUnsaid(Unsaid):
+    """The same with a wrong output."""
+
+    def block(self, layer: int, x_BTD: Array, batch: Batch, routing: Array | None = None) -> Trace:
+        return Trace({"resid_out": super().block(layer, x_BTD, batch, routing)["resid_out"] * 1.01})
+
+
+def test_where_the_router_is_clear_a_port_that_does_not_say_how_it_routed_is_judged(checkpoint: Path) -> None:
+    result = run(checkpoint, inputs="quick", side=WrongUnsaid)
+    assert result.first_divergence == Divergence(0, "resid_out")
 
 
 def test_a_point_that_nobody_knows_is_refused(checkpoint: Path) -> None:
