@@ -1,6 +1,7 @@
 """The command mixtral-parity."""
 
 import sys
+import traceback
 
 import click
 
@@ -12,7 +13,7 @@ from parity.compilation_cache import keep_compilations
 
 __all__ = ["main"]
 
-BAD_INPUT, INTERRUPTED = 3, 5
+BAD_INPUT, UNCHECKED, INTERRUPTED = 3, 4, 5
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]}, epilog=EXAMPLES)
@@ -48,6 +49,9 @@ def main() -> None:
     except (BadInput, ConfigError) as error:
         click.echo(f"mixtral-parity: {error}", err=True)
         sys.exit(BAD_INPUT)
+    except Exception:  # what nobody has foreseen: nothing is known of parity, which exit code 1 would say has failed
+        traceback.print_exc()
+        sys.exit(UNCHECKED)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """Compare recordings of the sides: the same walk as a live run's, and so the same result."""
 
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -8,7 +9,7 @@ from parity.cast import oracle_side, recorded_side
 from parity.cause import UNKNOWN, Cause
 from parity.causes import name_causes
 from parity.comparison import Comparison, Parts
-from parity.inputs import texts
+from parity.inputs import words
 from parity.metrics import Precision
 from parity.recording import Recording
 from parity.result import Result
@@ -89,13 +90,14 @@ def compare(
         findings=outcome.findings,
         routing=outcome.routing,
         drift=outcome.drift,
-        texts=texts(Path(path), torch.batches),
+        tokens={batch.name: batch.input_ids.reshape(-1).tolist() for batch in torch.batches},
+        words=words(Path(path), torch.batches, outcome.drift),
         differences=differences,
         weights_compared=len(hashes),
         notes=[*comparison.notes(outcome), *_interrupted(torch, flax, exact), *_of_other(torch, flax, exact)],
         dtype=dtype,
         environment={"torch": dict(torch.manifest.environment), "flax": dict(flax.manifest.environment)},
-        provenance={**torch.manifest.provenance, "reference": str(reference), "other": str(other)},
+        provenance={**torch.manifest.provenance, "command": sys.argv, "reference": str(reference), "other": str(other)},
         cost=outcome.cost,
     )
 

@@ -1,7 +1,7 @@
 """What a run feeds the model: the standard suites, and a user's own ids."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -10,9 +10,10 @@ from tokenizers import Tokenizer
 
 from convert import BadInput
 from flax_mixtral.config import MixtralConfig
+from parity.drift import Drift
 from parity.trace import Array, Batch
 
-__all__ = ["SUITES", "Suite", "padded", "read_ids", "suite", "texts", "tokenized", "unexercised"]
+__all__ = ["SUITES", "Suite", "padded", "read_ids", "suite", "tokenized", "unexercised", "words"]
 
 Suite = Literal["quick", "standard", "long"]
 SUITES: tuple[Suite, ...] = get_args(Suite)
@@ -91,16 +92,15 @@ def tokenized(checkpoint: Path, text: str) -> list[Batch]:
     return [Batch("text", np.asarray([ids], np.int64))]
 
 
-def texts(checkpoint: Path, batches: Sequence[Batch]) -> dict[str, list[str]]:
-    """Give the text of each of a batch's M tokens, by its name; nothing where the checkpoint has no tokenizer.json."""
+def words(checkpoint: Path, batches: Iterable[Batch], drift: Iterable[Drift]) -> dict[int, str]:
+    """Give the text of every token id that a report may show; nothing where the checkpoint has no tokenizer.json."""
     path = checkpoint / "tokenizer.json"
     if not path.is_file():
         return {}
     tokenizer = Tokenizer.from_file(str(path))
-    return {
-        batch.name: [tokenizer.decode([token], skip_special_tokens=False) for token in batch.input_ids.reshape(-1)]
-        for batch in batches
-    }
+    given = {int(id) for batch in batches for id in np.unique(batch.input_ids)}
+    expected = {id for each in drift for worst in each.worst for id in (worst.torch_next, worst.flax_next)}
+    return {id: tokenizer.decode([id], skip_special_tokens=False) for id in sorted(given | expected)}
 
 
 def padded(name: str, rows: Sequence[Array], config: MixtralConfig, *, side: Literal["left", "right"]) -> Batch:

@@ -1,15 +1,18 @@
 """The result of a run: what every report is rendered from. `to_json` has the documented, versioned fields."""
 
 import math
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from parity.baseline import BaselineDiff
 from parity.cause import Cause
 from parity.drift import Drift
 from parity.gradient_points import backward_depth
 from parity.metrics import Precision
 from parity.points import POINTS
+from parity.provenance import environment
 from parity.router import LayerRouting
 from parity.sides.timed import Cost
 from parity.verdict import MARGIN_LIMIT, Finding, Mode, Verdict, overall
@@ -49,8 +52,10 @@ class Result:
         cost: by side.
         causes: what is behind the failures, the surest first.
         drift: of a language model's expectations, layer by layer.
-        texts: the text of every token of a batch, where the checkpoint has a tokenizer.
+        tokens: the ids of the M tokens of a batch, by its name.
+        words: the text of token ids, where the checkpoint has a tokenizer.
         error: what stopped the run before it had a verdict.
+        baseline: the run beside an earlier one, where that was asked for.
     """
 
     findings: Sequence[Finding]
@@ -64,15 +69,27 @@ class Result:
     cost: Mapping[str, Cost]
     causes: Sequence[Cause] = ()
     drift: Sequence[Drift] = ()
-    texts: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    tokens: Mapping[str, Sequence[int]] = field(default_factory=dict)
+    words: Mapping[int, str] = field(default_factory=dict)
     error: str | None = None
+    baseline: BaselineDiff | None = None
+
+    @classmethod
+    def stopped(cls, error: str) -> "Result":
+        """Give the result of a run that ended in an error: nothing is checked.
+
+        Args:
+            error: the message, or the traceback where nobody has foreseen it.
+        """
+        return cls([], {}, [], 0, [], "float32", environment(), {"command": sys.argv}, {}, error=error)
 
     @property
     def verdict(self) -> Verdict:
         """Sum up findings and differences."""
         if self.error is not None:
             return "unchecked"
-        return "fail" if self.differences else overall(self.findings)
+        worse = self.baseline is not None and self.baseline.failed
+        return "fail" if self.differences or worse else overall(self.findings)
 
     @property
     def exit_code(self) -> int:
@@ -119,6 +136,7 @@ class Result:
                 "compared": self.weights_compared,
                 "differences": [asdict(difference) for difference in self.differences],
             },
+            "baseline": None if self.baseline is None else asdict(self.baseline),
             "notes": list(self.notes),
             "environment": dict(self.environment),
             "provenance": dict(self.provenance),
@@ -127,7 +145,7 @@ class Result:
 
     def text(self, batch: str, token: int) -> str | None:
         """Give the text of one token of a batch, where it is known."""
-        return self.texts[batch][token] if batch in self.texts else None
+        return self.words.get(self.tokens[batch][token]) if batch in self.tokens else None
 
     def _routing_json(self, key: tuple[int, Mode, str, Precision], routing: LayerRouting) -> dict[str, Any]:
         layer, mode, batch, dtype = key
@@ -151,7 +169,15 @@ class Result:
         }
 
     def _drift_json(self, drift: Drift) -> dict[str, Any]:
-        worst = [{**asdict(token), "text": self.text(drift.batch, token.token)} for token in drift.worst]
+        worst = [
+            {
+                **asdict(token),
+                "text": self.text(drift.batch, token.token),
+                "torch_next_text": self.words.get(token.torch_next),
+                "flax_next_text": self.words.get(token.flax_next),
+            }
+            for token in drift.worst
+        ]
         return {**asdict(drift), "worst": worst}
 
 

@@ -12,7 +12,7 @@ from parity.cast import ATTENTION, EXPERTS, flax_side, oracle_side, recorded_sid
 from parity.causes import name_causes
 from parity.comparison import Comparison, Parts
 from parity.detail import ALL
-from parity.inputs import Suite, suite, texts
+from parity.inputs import Suite, suite, words
 from parity.memory import too_large
 from parity.metrics import Precision
 from parity.port import FlaxFactory, Port
@@ -150,7 +150,8 @@ def run(
         findings=outcome.findings,
         routing=outcome.routing,
         drift=outcome.drift,
-        texts=texts(Path(src), batches),
+        tokens={batch.name: batch.input_ids.reshape(-1).tolist() for batch in batches},
+        words=words(Path(src), batches, outcome.drift),
         differences=differences,
         weights_compared=len(hashes) if compared else 0,
         notes=comparison.notes(outcome),

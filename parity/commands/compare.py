@@ -5,7 +5,7 @@ from pathlib import Path
 import click
 
 from parity.commands.progress import progress_bar
-from parity.commands.show import show
+from parity.commands.show import reported, show
 
 __all__ = ["compare"]
 
@@ -26,14 +26,23 @@ Examples:
     type=click.Path(path_type=Path),
     help="The model, for the oracle and the cause of a failure; what torch was recorded on unless given.",
 )
-@click.option("--report", type=click.Path(path_type=Path), help="Directory for result.json.")
+@click.option(
+    "--report", type=click.Path(path_type=Path), help="Directory for report.html, report.md, junit.xml, result.json."
+)
+@click.option("-q", "--quiet", is_flag=True, help="Print the verdict alone, and no progress.")
 @click.option("--json", "as_json", is_flag=True, help="Print result.json instead of the table.")
 def compare(
-    reference: Path, other: Path, oracle: Path | None, checkpoint: Path | None, report: Path | None, as_json: bool
+    reference: Path,
+    other: Path,
+    oracle: Path | None,
+    checkpoint: Path | None,
+    report: Path | None,
+    quiet: bool,
+    as_json: bool,
 ) -> None:
     """Compare the recording OTHER with torch's recording REFERENCE, as a run on both sides does."""
     from parity.compare import compare as compare_recordings
 
-    with progress_bar() as progress:
+    with reported(report), progress_bar(quiet) as progress:
         result = compare_recordings(reference, other, oracle, checkpoint=checkpoint, progress=progress)
-    show(result, report, as_json)
+    show(result, report, as_json, quiet)

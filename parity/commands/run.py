@@ -1,5 +1,6 @@
 """mixtral-parity run."""
 
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -7,7 +8,7 @@ import click
 
 from parity.commands.options import FLAX_SIDE, LAYERS, inputs_of
 from parity.commands.progress import progress_bar
-from parity.commands.show import show
+from parity.commands.show import reported, show
 
 if TYPE_CHECKING:
     from parity.inputs import Suite
@@ -21,7 +22,7 @@ EXAMPLES = """
 Examples:
   mixtral-parity run torch-checkpoint/ flax-checkpoint/
   mixtral-parity run torch-checkpoint/ --suite quick          map to Flax in memory
-  mixtral-parity run torch-checkpoint/ --report report/       write report/result.json
+  mixtral-parity run torch-checkpoint/ --report report/       write report/report.html and more
   mixtral-parity run torch-checkpoint/ --reference torch.trace   without torch, on what was recorded
   mixtral-parity run torch-checkpoint/ --flax-side my_port:side  a port of your own
 
@@ -61,7 +62,15 @@ Exit codes: 0 pass, 1 parity failed, 2 usage, 3 bad input, 4 not everything coul
 @click.option("--layers", type=LAYERS, help="Compare blocks A to B-1 alone; torch runs those before them.")
 @click.option("--reference", type=click.Path(path_type=Path), help="Torch's recording, in place of torch.")
 @click.option("--flax-side", type=FLAX_SIDE, help="Another implementation of the side protocol, whole or in part.")
-@click.option("--report", type=click.Path(path_type=Path), help="Directory for result.json.")
+@click.option(
+    "--report", type=click.Path(path_type=Path), help="Directory for report.html, report.md, junit.xml, result.json."
+)
+@click.option(
+    "--baseline",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="Margins to compare with: a margin that grew beyond its noise fails. Written where it is not there.",
+)
+@click.option("-q", "--quiet", is_flag=True, help="Print the verdict alone, and no progress.")
 @click.option("--json", "as_json", is_flag=True, help="Print result.json instead of the table.")
 @click.pass_context
 def run(
@@ -79,6 +88,8 @@ def run(
     reference: Path | None,
     flax_side: "FlaxFactory | None",
     report: Path | None,
+    baseline: Path | None,
+    quiet: bool,
     as_json: bool,
 ) -> None:
     """Compare Flax with PyTorch on checkpoint SRC.
@@ -86,15 +97,16 @@ def run(
     SRC is a Mixtral checkpoint as transformers reads it. FLAX is the converted one; without it, SRC is mapped to Flax
     in memory.
     """
-    inputs = inputs_of(context, src, reference, suite, input_ids, text)
-    if reference is not None:
-        from parity.recording import Recording
+    with reported(report), progress_bar(quiet) as progress:
+        inputs = inputs_of(context, src, reference, suite, input_ids, text)
+        if reference is not None:
+            from parity.recording import Recording
 
-        dtype = Recording.open(reference).manifest.dtype
-    from parity.runner import run as run_parity  # after the inputs are known to be good: it loads JAX
+            dtype = Recording.open(reference).manifest.dtype
+        from parity.runner import run as run_parity  # after the inputs are known to be good: it loads JAX
 
-    with progress_bar() as progress:
-        result = run_parity(
+        run_again = partial(
+            run_parity,
             src,
             flax,
             dtype=dtype,
@@ -107,4 +119,9 @@ def run(
             side=flax_side,
             progress=progress,
         )
-    show(result, report, as_json)
+        result = run_again()
+        if baseline is not None:
+            from parity.noise import with_baseline
+
+            result = with_baseline(result, baseline, lambda change: run_again(change=change))
+    show(result, report, as_json, quiet)

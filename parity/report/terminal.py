@@ -1,6 +1,6 @@
 """The table that a run prints, and the verdict under it."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from rich.console import Group, RenderableType
 from rich.table import Table
@@ -9,12 +9,14 @@ from rich.text import Text
 from parity.result import Result
 from parity.verdict import MARGIN_LIMIT, Finding, Mode, Verdict
 
-__all__ = ["render"]
+__all__ = ["render", "verdict"]
 
 COLOURS: dict[Verdict, str] = {"pass": "green", "fail": "red", "unchecked": "yellow"}
 
-MOST_REASONS = 6
+MOST_REASONS = 5
 MOST_CAUSES = 3
+MOST_LAYERS = 12
+"""What is shown fits on a screen of some 30 lines."""
 
 
 def render(result: Result) -> RenderableType:
@@ -23,6 +25,8 @@ def render(result: Result) -> RenderableType:
     Args:
         result: of a run.
     """
+    if result.error is not None:
+        return verdict(result)
     table = Table(box=None, header_style="bold", pad_edge=False)
     modes: tuple[Mode, ...] = ("local", "propagated")
     if any(finding.mode == "backward" for finding in result.findings):
@@ -30,15 +34,18 @@ def render(result: Result) -> RenderableType:
     for heading in ("layer", *(word for mode in modes for word in (mode, "at")), "lens", "routing", ""):
         table.add_column(heading, justify="right" if heading in ("layer", "lens", *modes) else "left")
     layers = sorted({finding.layer for finding in result.findings if finding.layer is not None})
-    for layer in layers:
+    shown = _shown(result, layers)
+    for layer in shown:
         own = [finding for finding in result.findings if finding.layer == layer and finding.decides]
         table.add_row(str(layer), *_cells(own, modes), _lens(own), _routing(result, layer), _mark(own))
     ends = [finding for finding in result.findings if finding.layer is None]
+    if len(shown) < len(layers):
+        table.add_row("...", f"{len(layers) - len(shown)} more")
     table.add_row("ends", *_cells(ends, modes), "", "", _mark(ends))
     whole = [finding for finding in ends if finding.mode in ("whole", "reference")]
     if whole:
         table.add_row("whole", "", "", *_cells(whole, ("whole",)), *[""] * (2 * len(modes) - 2), _mark(whole))
-    return Group(table, Text(), *_reasons(result), _summary(result))
+    return Group(table, Text(), *_reasons(result), verdict(result))
 
 
 def _cells(findings: Iterable[Finding], modes: tuple[Mode, ...]) -> list[str]:
@@ -86,7 +93,19 @@ def _reasons(result: Result) -> list[Text]:
     return [*shown, *(Text(f"  note: {note}", style="yellow") for note in result.notes)]
 
 
-def _summary(result: Result) -> Text:
+def _shown(result: Result, layers: Sequence[int]) -> Sequence[int]:
+    """Keep the table short: of many layers, those that did not pass, the one with the worst margin, and the last."""
+    if len(layers) <= MOST_LAYERS:
+        return layers
+    wrong = sorted({f.layer for f in result.findings if f.layer is not None and f.decides and f.verdict != "pass"})
+    worst = [] if result.worst is None or result.worst.layer is None else [result.worst.layer]
+    return sorted({*worst, layers[-1], *wrong[: MOST_LAYERS - 2]})
+
+
+def verdict(result: Result) -> Text:
+    """Say the verdict, where the sides part first, and why."""
+    if result.error is not None:
+        return Text(f"verdict: {result.verdict}, {result.error}", style=f"bold {COLOURS[result.verdict]}")
     text = Text("verdict: ").append(result.verdict, style=f"bold {COLOURS[result.verdict]}")
     if result.worst is not None:
         where = "" if result.worst.layer is None else f"layer {result.worst.layer} "
@@ -97,6 +116,14 @@ def _summary(result: Result) -> Text:
     if result.first_divergence is not None:
         where = "" if result.first_divergence.layer is None else f"layer {result.first_divergence.layer}, "
         text.append(f"\nfirst divergence: {where}{result.first_divergence.point}", style="bold")
+    if result.baseline is not None:
+        text.append(
+            f"\nbaseline: {len(result.baseline.regressions)} of {result.baseline.compared} margins grew", "bold"
+        )
+        for line in result.baseline.lines[:MOST_REASONS]:
+            text.append(f"\n  {line}")
+        for line in result.baseline.changes:
+            text.append(f"\n  {line}")
     for cause in result.causes[:MOST_CAUSES]:
         where = "" if cause.layer is None else f"layer {cause.layer}, "
         text.append(f"\ncause: {cause.fault}", style="bold").append(f" at {where}{cause.point}: {cause.evidence}")

@@ -4,13 +4,18 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
+import jsonschema
 import pytest
 
 from parity.__main__ import main
+from parity.baseline import Baseline
 from parity.points import block_points
+from parity.report.folder import FILES
+from parity.report.json import schema
 from parity.runner import run
 from tests.checkpoints import write_checkpoint
 
@@ -66,6 +71,48 @@ def test_run_prints_the_verdict_and_writes_result_json(checkpoint: Path, tmp_pat
     assert {"agreement", "flips", "excused", "min_margin"} <= result["router"][0].keys()
     assert {"seconds", "peak_bytes"} == result["cost"]["torch"].keys()
     assert result["environment"]["packages"]["torch"] is not None
+    jsonschema.validate(result, schema())
+    assert {path.name for path in (tmp_path / "report").iterdir()} == FILES.keys()
+
+
+def test_quiet_prints_the_verdict_alone(checkpoint: Path, parity: Parity) -> None:
+    done = parity("run", checkpoint, "--suite", "quick", "--quiet")
+    assert done.stdout.startswith("verdict: pass, worst margin")
+    assert "layer  local" not in done.stdout
+    assert not done.stderr
+
+
+def test_a_baseline_is_held_to(checkpoint: Path, tmp_path: Path, parity: Parity) -> None:
+    path = tmp_path / "margins.json"
+    result = run(checkpoint, inputs="quick")
+    made = Baseline.of(result.dtype, result.findings, [], result.environment, result.provenance)
+    made.write(path)
+    assert parity("run", checkpoint, "--suite", "quick", "--baseline", path).returncode == 0
+    # As if Flax had once been 100 times as close.
+    replace(made, margins={key: margin / 100 for key, margin in made.margins.items()}).write(path)
+    done = parity("run", checkpoint, "--suite", "quick", "--baseline", path)
+    assert done.returncode == 1
+    assert "noise explains" in done.stdout
+
+
+def test_a_run_that_stops_leaves_reports_of_that(
+    checkpoint: Path, tmp_path: Path, parity: Parity, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those of an earlier run would say that all is well."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "broken_port.py").write_text("def side(config, weights):\n    return 1 / 0\n")
+    for arguments, code, word in (
+        ((checkpoint, "--suite", "quick", "--flax-side", "broken_port:side"), 4, "ZeroDivisionError"),
+        ((tmp_path / "nothing",), 3, "config.json"),
+        ((checkpoint, "--text", "a", "--input-ids", "b"), 2, "exclude each other"),
+    ):
+        report = tmp_path / f"report-{code}"
+        done = parity("run", *arguments, "--report", report)
+        assert done.returncode == code, done.stderr
+        result = json.loads((report / "result.json").read_text())
+        assert result["verdict"] == "unchecked"
+        assert word in result["error"]
+        assert word in done.stderr
 
 
 def test_json_goes_to_stdout_alone(checkpoint: Path, parity: Parity) -> None:

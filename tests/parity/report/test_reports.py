@@ -1,0 +1,101 @@
+"""What every report must hold to: schemas, size, and nothing from outside the file."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import jsonschema
+import pytest
+import xmlschema
+from rich.console import Console
+
+from parity.report import html, junit, terminal
+from parity.report import json as json_report
+from parity.report.folder import FILES, write
+from parity.result import Result
+from tests.parity.report.results import CRASH, FAIL, PASS, RESULTS, large
+
+JUNIT = xmlschema.XMLSchema(Path(__file__).resolve().parents[2] / "data" / "junit-10.xsd")
+
+MOST_HTML_BYTES = 6e6
+
+
+@pytest.mark.parametrize("result", RESULTS.values(), ids=RESULTS)
+def test_junit_xml_is_valid_and_counts_what_it_holds(result: Result) -> None:
+    text = junit.render(result)
+    JUNIT.validate(text)
+    suite = ElementTree.fromstring(text.split("?>\n", 1)[1]).find("testsuite")
+    assert suite is not None
+    assert int(suite.get("tests", "")) == len(suite.findall("testcase"))
+    problems = [len(suite.findall(f"testcase/{kind}")) for kind in ("failure", "error")]
+    assert problems == [int(suite.get(name, "")) for name in ("failures", "errors")]
+    expected = {"pass": (False, False), "fail": (True, False), "unchecked": (False, True)}[result.verdict]
+    assert (problems[0] > 0, problems[1] > 0) == expected
+
+
+def test_the_junit_schema_refuses_what_is_none() -> None:
+    with pytest.raises(xmlschema.XMLSchemaValidationError):
+        JUNIT.validate(junit.render(FAIL).replace("<testcase ", '<testcase verdict="none" '))
+
+
+@pytest.mark.parametrize("result", RESULTS.values(), ids=RESULTS)
+def test_result_json_is_valid_by_its_own_schema(result: Result) -> None:
+    schema = json_report.schema()
+    jsonschema.Draft202012Validator.check_schema(schema)
+    jsonschema.validate(json.loads(json_report.render(result)), schema)
+
+
+def objects(schema: Any) -> list[dict[str, Any]]:
+    """List every schema of an object in a schema."""
+    if isinstance(schema, list):
+        return [found for each in schema for found in objects(each)]
+    if not isinstance(schema, dict):
+        return []
+    own = [schema] if "properties" in schema else []
+    return own + [found for each in schema.values() for found in objects(each)]
+
+
+def test_the_schema_allows_no_field_that_it_does_not_name() -> None:
+    for each in objects(json_report.schema()):
+        assert each["additionalProperties"] is False, each["properties"].keys()
+
+
+@pytest.mark.parametrize("drop", ["verdict", "points", "cost"])
+def test_the_schema_refuses_a_result_without_a_field(drop: str) -> None:
+    content = json.loads(json_report.render(PASS))
+    del content[drop]
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate(content, json_report.schema())
+
+
+def test_html_of_a_large_model_is_small_enough() -> None:
+    assert len(html.render(large()).encode()) <= MOST_HTML_BYTES
+
+
+@pytest.mark.parametrize("result", RESULTS.values(), ids=RESULTS)
+def test_html_takes_nothing_from_outside(result: Result) -> None:
+    page = re.sub(r"<script>.*?</script>", "", html.render(result), flags=re.DOTALL)
+    assert set(re.findall(r'(?:src|href)="([^"#][^"]*)"', page)) == {"data:,"}
+    assert "@import" not in page
+    assert "url(" not in page
+
+
+def test_text_of_a_model_cannot_become_markup() -> None:
+    page = html.render(FAIL)
+    assert " &lt;not&gt;" in page
+    assert "<not>" not in page.split('<script type="application/json"')[0]
+
+
+def test_the_table_fits_on_a_screen() -> None:
+    for result in (*RESULTS.values(), large()):
+        console = Console(width=160, no_color=True)
+        with console.capture() as capture:
+            console.print(terminal.render(result))
+        assert len(capture.get().splitlines()) <= 30
+
+
+def test_all_or_nothing_is_written(tmp_path: Path) -> None:
+    write(CRASH, tmp_path / "deep" / "report")
+    assert {path.name for path in (tmp_path / "deep" / "report").iterdir()} == FILES.keys()
