@@ -1,6 +1,6 @@
 # Every target works from a fresh clone: the first one run makes the environment in .venv.
 #
-#   make demo    write a small checkpoint, convert it, compare it, print the table
+#   make demo    convert the embedded model, let both frameworks write, compare them, write a report
 #   make test    the tests            PYTEST_ARGS="-n 0 -x tests/convert" narrows them
 #   make check   format, lint, import contract, types
 #   make bench   the benchmarks
