@@ -12,5 +12,7 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 
 from hypothesis import settings
 
+collect_ignore = ["demo"]  # a repository of its own, which tests/parity/test_pytest_plugin.py runs
+
 settings.register_profile("ci", derandomize=True, deadline=None)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
