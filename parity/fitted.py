@@ -88,12 +88,14 @@ def _recognised(block: Block, expert: int) -> int:
 def skipped_expert(block: Block) -> Iterable[Change]:
     """Leave every token of some experts out of the sum."""
     used_ME, missing_ME = _missing(block)
-    whole_E = missing_ME.any(axis=0) & ~(used_ME & ~missing_ME).any(axis=0)
-    experts = [int(expert) for expert in np.flatnonzero(whole_E)]
-    if experts and np.array_equal(missing_ME, missing_ME & whole_E):
-        without_ME = np.broadcast_to(whole_E, used_ME.shape)
+    # A contribution as small as the rounding is not seen to be missing, so most of an expert's are asked for, not all.
+    mostly_E = 2 * missing_ME.sum(axis=0) > used_ME.sum(axis=0)
+    experts = [int(expert) for expert in np.flatnonzero(mostly_E)]
+    if experts and np.array_equal(missing_ME, missing_ME & mostly_E):
+        without_ME = np.broadcast_to(mostly_E, used_ME.shape)
+        tokens = int((used_ME & mostly_E).sum())
         yield Change(
-            f"no token of expert {', '.join(map(str, experts))} in the sum ({int(missing_ME.sum())} tokens)",
+            f"no token of expert {', '.join(map(str, experts))} in the sum ({tokens} tokens)",
             {"dispatch": dispatch_without(without_ME)},
         )
 
@@ -127,12 +129,16 @@ def _missing(block: Block) -> tuple[Array, Array]:
     wrong_M = real_M & (_rms(lacking_MD, 1) > limit_M)
     parts_MAD = _contributions(block)
     for token in np.flatnonzero(wrong_M):
-        for count in range(1, A + 1):
-            for slots in combinations(range(A), count):
-                left_D = lacking_MD[token] - parts_MAD[token, list(slots)].sum(axis=0)
-                if _rms(left_D, None) <= limit_M[token]:
-                    missing_ME[token, block.ids_MA[token, list(slots)]] = True
+        slots = _fewest(lacking_MD[token], parts_MAD[token], limit_M[token])
+        missing_ME[token, block.ids_MA[token, slots]] = True
     return used_ME, missing_ME
+
+
+def _fewest(lacking_D: Array, parts_AD: Array, limit: float) -> list[int]:
+    """Give the smallest set of parts that sum up to what is lacking; none where no set does."""
+    A = len(parts_AD)
+    sets = (list(slots) for count in range(1, A + 1) for slots in combinations(range(A), count))
+    return next((slots for slots in sets if _rms(lacking_D - parts_AD[slots].sum(axis=0), None) <= limit), [])
 
 
 def _contributions(block: Block) -> Array:
@@ -159,12 +165,14 @@ def jitter(block: Block) -> Iterable[Change]:
     pair, real = _pair(block, "router_logits"), block.batch.real_M
     if pair is None or not np.isfinite(pair[0][real]).all():
         return
-    error_XE, x_XD = (pair[0] - pair[1])[real], x_MD[real]
+    # Experts with one row have one error: it is counted once.
+    distinct_E = np.sort(np.unique(kernel_ED, axis=0, return_index=True)[1])
+    kernel_ED, error_XE, x_XD = kernel_ED[distinct_E], (pair[0] - pair[1])[real][:, distinct_E], x_MD[real]
     covariance_XEE = np.einsum("ed,xd,fd->xef", kernel_ED, x_XD**2, kernel_ED, optimize=True)
     try:
         white_XE = np.linalg.solve(np.linalg.cholesky(covariance_XEE), error_XE[:, :, None])[:, :, 0]
     except np.linalg.LinAlgError:
-        return  # two experts with one row have one error, which says nothing
+        return  # rows that depend on one another: their errors do, too, and say nothing
     X, E = white_XE.shape
     size = float(_rms(white_XE, None))
     per_token_X = (white_XE**2).mean(axis=1) / max(size**2, 1e-300)

@@ -99,13 +99,13 @@ class Court:
     def __init__(self, source: Checkpoint, batches: Sequence[Batch], dtype: Precision):
         self.source, self.batches, self.dtype = source, batches, dtype
         self._leaves = source.view("flax")
-        self._torch: dict[tuple[str, str, int | None], Remembering] = {}
+        self._torch = Remembering(self._torch_side())
         self._legacy = Rounded(source.view("hf-legacy"), dtype)
         self._oracle = Remembering(Oracle(source.config, self._legacy))
         self._flax = Remembering(FlaxSide(source.config, Rounded(self._leaves, dtype)))
         self._routing = self.examine(lambda port: port).routing
-        # What follows a fault is new to every side each time, and would fill the memory.
-        self._flax.learns = False
+        # What follows a fault, or another reference, is new to every side each time, and would fill the memory.
+        self._torch.learns = self._flax.learns = self._oracle.learns = False
 
     def examine(
         self,
@@ -121,7 +121,9 @@ class Court:
         if port.weights is not self._leaves:
             differences += compare_weights(self._leaves, port.weights, lambda leaf: None)[1]
         flax = port.side(port.config, Rounded(port.weights, self.dtype))
-        sides = Sides(self._reference(attention, experts, threads), flax, self._oracle)
+        usual = (attention, experts, threads) == (ATTENTION, EXPERTS, None)
+        torch = self._torch if usual else self._torch_side(attention, experts, threads)
+        sides = Sides(torch, flax, self._oracle)
         walk = Walk(self.source.config, sides, self.batches, dtype=self.dtype)
         findings = list(walk.run())
         leaves = (self._leaves, port.weights)
@@ -146,12 +148,6 @@ class Court:
     def ties(self, layer: int) -> int:
         """Count the tokens whose last expert ties exactly in one layer of the unchanged port."""
         return sum(compared.ties for key, compared in self._routing.items() if key[:2] == (layer, "local"))
-
-    def _reference(self, attention: str, experts: str, threads: int | None) -> Remembering:
-        settings = (attention, experts, threads)
-        if settings not in self._torch:
-            self._torch[settings] = Remembering(self._torch_side(attention, experts, threads))
-        return self._torch[settings]
 
     def _torch_side(self, attention: str = ATTENTION, experts: str = EXPERTS, threads: int | None = None) -> TorchSide:
         return TorchSide(
