@@ -30,6 +30,12 @@ MOST_CHOSEN = 6
 NOISE = (1e-5, 0.5)
 """Standard deviations that a jitter may have: below is rounding, above is no jitter."""
 
+MOST_SCATTER = 1.5
+"""How much more than chi^2 the squares of a jitter may scatter over tokens."""
+
+MOST_MEAN = 4.5
+"""Standard errors that the mean of a jitter's effect on an expert may be off zero."""
+
 
 def window(block: Block) -> int | None:
     """Find the first query whose context is wrong: the window, counted in keys from its row's first real one."""
@@ -177,7 +183,7 @@ def jitter(block: Block) -> Iterable[Change]:
     size = float(_rms(white_XE, None))
     per_token_X = (white_XE**2).mean(axis=1) / max(size**2, 1e-300)
     scatter, mean = float(per_token_X.std() * (E / 2) ** 0.5), float(np.abs(white_XE.mean(axis=0)).max())
-    if NOISE[0] < size < NOISE[1] and scatter < 1.5 and mean < 4.5 * size / X**0.5:
+    if NOISE[0] < size < NOISE[1] and scatter < MOST_SCATTER and mean < MOST_MEAN * size / X**0.5:
         change_XD = x_XD * np.einsum(
             "ed,xd,xe->xd", kernel_ED, x_XD, np.linalg.solve(covariance_XEE, error_XE[:, :, None])[:, :, 0]
         )

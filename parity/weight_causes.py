@@ -20,6 +20,9 @@ __all__ = ["ORIGINS", "Origin", "weight_causes"]
 
 Leaves = Mapping[str, Array]
 
+CHANCE = 5.0
+"""Standard deviations up to which a correlation with the source is none: of n values by chance it is 1 / sqrt(n)."""
+
 PARTNERS = {
     "moe.experts.gate": ("moe.experts.up", "w1-w3-swapped"),
     "moe.experts.up": ("moe.experts.gate", "w1-w3-swapped"),
@@ -278,7 +281,7 @@ def _initial(kernel: Array, source: Array, config: MixtralConfig) -> str | None:
     if not np.isfinite(flat).all():
         return None
     correlation = float(np.corrcoef(flat, right)[0, 1])
-    if abs(correlation) > 5 / flat.size**0.5:
+    if abs(correlation) > CHANCE / flat.size**0.5:
         return None
     return (
         f"standard deviation {flat.std():.3g}, initializer_range {config.initializer_range:g}, correlation with the "
