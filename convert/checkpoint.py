@@ -216,13 +216,20 @@ class View(Mapping[str, NDArray[Any]]):
         for source in self.sources(name):
             self.checkpoint.release(self.checkpoint.stored(source))
 
-    def __getitem__(self, name: str) -> NDArray[Any]:
+    def mapped(self, name: str) -> NDArray[Any] | None:
+        """Give a tensor as a view of its file, its axes in any order; None where it is put together from several."""
         spec = self.specs[name]
         if self.checkpoint.contents.specs.get(name) == spec:
             return self.checkpoint.stored(name)
         if len(spec.regions) == 1:
             return self._piece(spec.regions[0]).reshape(spec.shape)  # one expert alone comes without its axis
-        whole = np.empty(spec.shape, self.dtype(name))
+        return None
+
+    def __getitem__(self, name: str) -> NDArray[Any]:
+        mapped = self.mapped(name)
+        if mapped is not None:
+            return mapped
+        whole = np.empty(self.shape(name), self.dtype(name))
         flat, start = whole.reshape(-1), 0
         for piece in self.pieces(name):
             contiguous(piece, flat[start : start + piece.size].view(np.uint8))

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from flax_mixtral.config import MixtralConfig
 
-__all__ = ["KVCache", "Past", "init_cache", "join", "keys_in_sight", "write"]
+__all__ = ["KVCache", "Past", "init_cache", "join", "keys_in_sight", "refuse_overflow", "write"]
 
 
 class Past(NamedTuple):
@@ -71,6 +71,20 @@ def init_cache(config: MixtralConfig, batch: int, length: int, dtype: jnp.dtype)
     return KVCache(k_BSKH, v_BSKH, jnp.zeros((batch, S), bool), jnp.zeros((), jnp.int32))
 
 
+def refuse_overflow(cache: KVCache, tokens: int, window: int | None) -> None:
+    """Refuse new tokens that the cache cannot hold; under jit nobody knows.
+
+    Raises:
+        ValueError: the new tokens do not fit, and the length has a value.
+    """
+    S = cache.real_BS.shape[1]
+    if not _wraps(S, window) and not isinstance(cache.length, jax.core.Tracer) and cache.length + tokens > S:
+        raise ValueError(
+            f"the cache has {S} slots, {cache.length} of them taken, and cannot hold {tokens} more tokens; "
+            "give init_cache a length for prompt and new tokens together"
+        )
+
+
 def keys_in_sight(cache: KVCache, mask_BT: jax.Array, window: int | None) -> jax.Array:
     """Say which of the keys that `join` gives each new query may see.
 
@@ -82,17 +96,9 @@ def keys_in_sight(cache: KVCache, mask_BT: jax.Array, window: int | None) -> jax
     Returns:
         [B, T, S or S + T] bool, as `attention.visible_keys`.
 
-    Raises:
-        ValueError: the new tokens do not fit; only known outside jit, where the length has a value.
-
     Source: transformers 5.23, masking_utils.py: the window counts tokens, padding among them, not positions.
     """
     S, T = cache.real_BS.shape[1], mask_BT.shape[1]
-    if not _wraps(S, window) and not isinstance(cache.length, jax.core.Tracer) and cache.length + T > S:
-        raise ValueError(
-            f"the cache has {S} slots, {cache.length} of them taken, and cannot hold {T} more tokens; "
-            "give init_cache a length for prompt and new tokens together"
-        )
     query_1T = cache.length + jnp.arange(T)[None]
     key_1S = join(_token_in_slot(cache.length, S)[None], query_1T, cache.length, window)
     query_T1 = query_1T.T

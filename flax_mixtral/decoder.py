@@ -6,12 +6,13 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from flax_mixtral.attention import Attention, visible_keys
-from flax_mixtral.cache import KVCache, Past, keys_in_sight
+from flax_mixtral.attention import Attention, AttentionTrace, visible_keys
+from flax_mixtral.cache import KVCache, Past, keys_in_sight, refuse_overflow
 from flax_mixtral.config import MixtralConfig
 from flax_mixtral.experts import Choice
 from flax_mixtral.moe import MoE
 from flax_mixtral.norm import RMSNorm
+from flax_mixtral.parts import apply_part
 from flax_mixtral.rope import Rotary, rotary
 
 __all__ = ["BlockTrace", "Context", "Decoder", "DecoderBlock", "DecoderTrace", "Embedding", "context_of", "look_up"]
@@ -91,7 +92,7 @@ class Embedding(nnx.Module):
 
     def __call__(self, input_ids: jax.Array) -> jax.Array:
         """Look tokens up; see `look_up`."""
-        return look_up(self.embedding[...], input_ids)
+        return apply_part(look_up, self.embedding[...], input_ids)
 
 
 class DecoderBlock(nnx.Module):
@@ -121,10 +122,9 @@ class DecoderBlock(nnx.Module):
             past: this layer's part of the cache; the caller writes the new keys and values to it.
         """
         attention_key, moe_key = (None, None) if key is None else jax.random.split(key)
-        input_norm = self.input_norm(x_BTD)
-        attention = self.attention(input_norm, context.rotation, context.visible_BTS, attention_key, past)
-        resid_mid = x_BTD + attention.out_BTD
-        post_attn_norm = self.post_attention_norm(resid_mid)
+        given = (x_BTD, context, attention_key, past)
+        input_norm, attention, resid_mid = apply_part(first_half, self.input_norm, self.attention, *given)
+        post_attn_norm = apply_part(RMSNorm.__call__, self.post_attention_norm, resid_mid)
         moe = self.moe(post_attn_norm, routing_MA, moe_key)
         return BlockTrace(
             input_norm=input_norm,
@@ -144,6 +144,15 @@ class DecoderBlock(nnx.Module):
             moe_out=moe.out_BTD,
             resid_out=resid_mid + moe.out_BTD,
         )
+
+
+def first_half(
+    norm: RMSNorm, attention: Attention, x_BTD: jax.Array, context: Context, key: jax.Array | None, past: Past | None
+) -> tuple[jax.Array, AttentionTrace, jax.Array]:
+    """Attend within a block: the normed stream, attention on it, and the stream with its output added."""
+    input_norm = norm(x_BTD)
+    trace = attention(input_norm, context.rotation, context.visible_BTS, key, past)
+    return input_norm, trace, x_BTD + trace.out_BTD
 
 
 class Decoder(nnx.Module):
@@ -174,7 +183,11 @@ class Decoder(nnx.Module):
         """Run every block; see `heads.Mixtral.__call__` for the arguments."""
         B, T = input_ids.shape
         x_BTD = self.embed_tokens(input_ids)
-        context = context_of(self.config, (B, T), attention_mask, position_ids, x_BTD.dtype, cache)
+        if cache is not None:
+            refuse_overflow(cache, T, self.config.sliding_window)
+        given = {"attention_mask": attention_mask, "position_ids": position_ids, "cache": cache}
+        static = {"config": self.config, "shape_BT": (B, T), "dtype": x_BTD.dtype}
+        context = apply_part(context_of, static=static, **given)
         stream, router_logits, new = [], [], []
         for layer, block in enumerate(self.layers):
             layer_key = None if key is None else jax.random.fold_in(key, layer)
@@ -186,4 +199,5 @@ class Decoder(nnx.Module):
             x_BTD = trace.resid_out
         if cache is not None:
             cache = cache.written(new, real_tokens((B, T), attention_mask), self.config.sliding_window)
-        return DecoderTrace(tuple(stream), self.final_norm(x_BTD), tuple(router_logits), cache)
+        final_norm_BTD = apply_part(RMSNorm.__call__, self.final_norm, x_BTD)
+        return DecoderTrace(tuple(stream), final_norm_BTD, tuple(router_logits), cache)

@@ -14,6 +14,7 @@ from flax_mixtral.config import Architecture, ConfigError, MixtralConfig
 from flax_mixtral.decoder import Decoder, DecoderTrace
 from flax_mixtral.experts import Choice
 from flax_mixtral.losses import load_balancing_loss
+from flax_mixtral.parts import apply_part
 from flax_mixtral.projection import Projection, project
 
 __all__ = [
@@ -78,7 +79,8 @@ class _Pretrained(nnx.Module):
         """Read a checkpoint directory.
 
         Args:
-            path: what mixtral-convert wrote, or a Hugging Face Mixtral checkpoint, which is then mapped in memory.
+            path: what mixtral-convert wrote, or any checkpoint it reads. On a CPU, parameters that lie in its files
+                as the model has them are not copied: the files must not be written to while the model lives.
             dtype: of all parameters; None keeps the file's, which must then be one.
             mesh: devices to spread the parameters over, see `sharding.partition_specs`; a process reads what its own
                 devices hold, once. Call the model within `jax.set_mesh(mesh)`.
@@ -97,7 +99,8 @@ class _Pretrained(nnx.Module):
         pretrained.save(self, self.config, path)
 
     def _output(self, trace: DecoderTrace, logits: jax.Array | None, attention_mask: jax.Array | None) -> MixtralOutput:
-        aux_loss = load_balancing_loss(trace.router_logits, self.config.num_experts_per_tok, attention_mask)
+        static = {"per_token": self.config.num_experts_per_tok}
+        aux_loss = apply_part(load_balancing_loss, trace.router_logits, static=static, mask_BT=attention_mask)
         hidden_states = (*trace.stream_BTD, trace.final_norm_BTD)
         return MixtralOutput(logits, hidden_states, trace.router_logits, aux_loss, trace.cache)
 
@@ -179,7 +182,7 @@ class _Headed(_Pretrained):
         """
         ids_BT, mask_BT, position_BT = _arrays(input_ids, attention_mask, position_ids)
         trace = self.model(ids_BT, mask_BT, position_BT, cache, key)
-        return self._output(trace, self.head(trace.final_norm_BTD, ids_BT), mask_BT)
+        return self._output(trace, apply_part(type(self).head, self, trace.final_norm_BTD, ids_BT), mask_BT)
 
     def head(self, x_BTD: jax.Array, input_ids: jax.Array) -> jax.Array:
         """Apply the head to the final norm's output."""

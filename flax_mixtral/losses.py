@@ -46,14 +46,14 @@ def load_balancing_loss(
 
     Source: transformers 5.23, modeling_mixtral.py, `load_balancing_loss_func`.
     """
-    experts = router_logits[0].shape[-1]
-    counted_M1 = jnp.ones((router_logits[0].shape[0], 1)) if mask_BT is None else mask_BT.reshape(-1, 1)
-    chosen_E = probable_E = jnp.zeros(experts)
-    for logits_ME in router_logits:
-        probs_ME = jax.nn.softmax(logits_ME, axis=-1)
-        _, ids_MA = jax.lax.top_k(probs_ME, per_token)
-        chosen_ME = jax.nn.one_hot(ids_MA, experts).sum(axis=1)
-        chosen_E = chosen_E + jnp.sum(chosen_ME * counted_M1, axis=0)
-        probable_E = probable_E + jnp.sum(probs_ME.astype(jnp.float32) * counted_M1, axis=0)
-    tokens = jnp.sum(counted_M1) * len(router_logits)
+    layers, experts = len(router_logits), router_logits[0].shape[-1]
+    logits_LME = jnp.stack(router_logits)
+    counted_M1 = jnp.ones((logits_LME.shape[1], 1)) if mask_BT is None else mask_BT.reshape(-1, 1)
+    probs_LME = jax.nn.softmax(logits_LME, axis=-1)
+    wide = jnp.promote_types(probs_LME.dtype, jnp.float32)  # XLA on a CPU sorts whole rows of any other dtype
+    _, ids_LMA = jax.lax.top_k(probs_LME.astype(wide), per_token)
+    chosen_LME = jax.nn.one_hot(ids_LMA, experts).sum(axis=2)
+    chosen_E = jnp.sum(chosen_LME * counted_M1, axis=(0, 1))
+    probable_E = jnp.sum(probs_LME.astype(jnp.float32) * counted_M1, axis=(0, 1))
+    tokens = jnp.sum(counted_M1) * layers
     return jnp.sum(chosen_E / tokens * (probable_E / tokens)) * experts

@@ -12,6 +12,7 @@ from flax import nnx
 
 from flax_mixtral.config import MixtralConfig
 from flax_mixtral.experts import Choice, Kernels, apply_experts, choose_backend
+from flax_mixtral.parts import apply_part
 from flax_mixtral.projection import Projection, project
 
 __all__ = [
@@ -131,7 +132,8 @@ class MoE(nnx.Module):
             key: PRNG key of training, for the jitter.
         """
         x_MD = jitter(x_BTD, self.jitter_noise, key).reshape(-1, x_BTD.shape[-1])
-        routing = route(x_MD, self.router.kernel[...], self.per_token, routing_MA)
+        static = {"per_token": self.per_token}
+        routing = apply_part(route, x_MD, self.router.kernel[...], static=static, ids_MA=routing_MA)
         ids_MA = routing.ids_MA if routing_MA is None else routing_MA
         kernels = self.experts.kernels()
         out_MD = apply_experts(x_MD, routing.weights_MA, ids_MA, kernels, self.hidden_act, self.backend)

@@ -4,8 +4,8 @@ The one module here that imports convert. It does so inside its functions, since
 neutral modules.
 """
 
-from collections.abc import Callable, Iterator, Mapping
-from functools import partial
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -31,41 +31,32 @@ Build = Callable[[MixtralConfig, nnx.Rngs], Built]
 def load(build: Build[Built], path: str | Path, dtype: jnp.dtype | None, mesh: jax.sharding.Mesh | None) -> Built:
     """Build a model from a checkpoint directory; see `heads.Mixtral.from_pretrained`."""
     from convert import BadInput, Checkpoint
+    from convert.memory import THREADS, InMemory
 
     checkpoint = Checkpoint.open(path)
     view = checkpoint.view("flax")
     found = sorted({str(view.dtype(name)) for name in view})
     if dtype is None and len(found) > 1:
         raise BadInput(f"{path} holds parameters of {' and '.join(found)}; name one for all with dtype=")
-    if mesh is None:
-        arrays: Mapping[str, Any] = _OneByOne(view, dtype)
-    else:
+    mould = Mould(lambda rngs: build(checkpoint.config, rngs))
+    if mesh is not None:
         specs = partition_specs(checkpoint.config, mesh)
-        arrays = {
-            name: placed(view.shape(name), dtype or view.dtype(name), mesh, specs[name], partial(view.part, name))
-            for name in view
-        }
-    return Mould(lambda rngs: build(checkpoint.config, rngs)).fill(arrays)
+        return mould.fill({name: _placed(view, name, dtype, mesh, specs[name]) for name in view})
+    with ThreadPoolExecutor(THREADS) as threads:
+        return mould.fill(InMemory(view, None if dtype is None else np.dtype(dtype), threads), alias=True)
 
 
-class _OneByOne(Mapping[str, npt.NDArray[Any]]):
-    """Leaves that are brought into order on access: beside the model's own memory, one of them is held at a time."""
+def _placed(
+    view: "View", name: str, dtype: jnp.dtype | None, mesh: jax.sharding.Mesh, spec: jax.sharding.PartitionSpec
+) -> jax.Array:
+    """Read what the devices of this process hold of a leaf."""
+    from convert.transpose import contiguous
 
-    def __init__(self, view: "View", dtype: jnp.dtype | None):
-        self._view, self._dtype = view, dtype
+    def read(index: tuple[slice, ...]) -> npt.NDArray[Any]:
+        part = view.part(name, index)
+        return contiguous(part).view(part.dtype)
 
-    def __getitem__(self, name: str) -> npt.NDArray[Any]:
-        from convert.transpose import contiguous
-
-        leaf = self._view[name]
-        ordered = contiguous(leaf).view(leaf.dtype)
-        return ordered if self._dtype is None else ordered.astype(self._dtype, copy=False)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._view)
-
-    def __len__(self) -> int:
-        return len(self._view)
+    return placed(view.shape(name), dtype or view.dtype(name), mesh, spec, read)
 
 
 def save(module: nnx.Module, config: MixtralConfig, path: str | Path) -> None:

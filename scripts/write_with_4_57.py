@@ -9,13 +9,14 @@ Standard library, torch and transformers only, as nothing else is in that enviro
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
 
 assert transformers.__version__.startswith("4.57."), transformers.__version__
 
-SIZES = {
+SIZES: dict[str, Any] = {
     "vocab_size": 17,
     "hidden_size": 12,
     "intermediate_size": 20,
@@ -29,7 +30,7 @@ SIZES = {
 """Every axis has a size of its own, and the files stay small."""
 
 torch.manual_seed(0)
-model = transformers.MixtralForCausalLM(transformers.MixtralConfig(**SIZES)).to(torch.bfloat16)
+model = transformers.MixtralForCausalLM(transformers.MixtralConfig(**SIZES)).bfloat16()
 for parameter in model.parameters():
     parameter.data.normal_()  # ones in every norm would hide one that took another's place
 target = Path(sys.argv[1])

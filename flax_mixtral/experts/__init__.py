@@ -14,6 +14,7 @@ from flax_mixtral.experts.dense import dense_experts
 from flax_mixtral.experts.one import ExpertTrace, Kernels, expert, weighted
 from flax_mixtral.experts.parallel import parallel_experts
 from flax_mixtral.experts.ragged import ragged_experts
+from flax_mixtral.parts import apply_part
 
 __all__ = [
     "BACKENDS",
@@ -49,6 +50,9 @@ BACKENDS: dict[Backend, Apply] = {
     "ragged": ragged_experts,
     "parallel": parallel_experts,
 }
+
+COMPILES_ITSELF: frozenset[Backend] = frozenset({"blocks", "parallel"})
+"""Backends that are several parts, or want to see the mesh."""
 
 
 def choose_backend(choice: Choice, config: MixtralConfig) -> Backend:
@@ -95,4 +99,7 @@ def apply_experts(
 
     Source: transformers 5.23, `grouped_mm_experts_forward`.
     """
-    return BACKENDS[backend](x_MD, weights_MA, ids_MA, kernels, hidden_act)
+    given = (x_MD, weights_MA, ids_MA, kernels)
+    if backend in COMPILES_ITSELF:
+        return BACKENDS[backend](*given, hidden_act)
+    return apply_part(BACKENDS[backend], *given, static={"hidden_act": hidden_act})

@@ -7,11 +7,13 @@ scan and switch here, so every transform of JAX goes through.
 
 from collections.abc import Callable
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from flax_mixtral.experts.one import Kernels, expert, places, sum_chosen
+from flax_mixtral.parts import apply_part
 
 __all__ = ["block_experts", "one_expert"]
 
@@ -23,18 +25,39 @@ def block_experts(
     x_MD: jax.Array, weights_MA: jax.Array, ids_MA: jax.Array, kernels: Kernels, hidden_act: str
 ) -> jax.Array:
     """Apply the experts; see `apply_experts`. The kernels are one array per expert."""
-    M, A = ids_MA.shape
-    E = len(kernels.gate)
+    M, E = len(ids_MA), len(kernels.gate)
     sizes = (*(size for size in SIZES if size < M), min(M, SIZES[-1]))
     C = -(-M // sizes[-1]) * sizes[-1]  # rows of an expert that every token chose
-    place_MA, count_E = places(ids_MA, E)
+    tokens = apply_part(tokens_of, ids_MA, static={"experts": E, "rows": C})
+    down_ECD = tuple(
+        one_expert(x_MD, tokens, e, kernels_of_one, sizes, hidden_act)
+        for e, kernels_of_one in enumerate(zip(*kernels, strict=True))
+    )
+    return apply_part(combine, down_ECD, tokens.place_MA, ids_MA, weights_MA)
+
+
+class Tokens(NamedTuple):
+    """The tokens of each expert, how many they are, and the place of each token among its expert's."""
+
+    token_EC: jax.Array
+    count_E: jax.Array
+    place_MA: jax.Array
+
+
+def tokens_of(ids_MA: jax.Array, experts: int, rows: int) -> Tokens:
+    """Sort the tokens by expert; `rows` is C."""
+    M, A = ids_MA.shape
+    place_MA, count_E = places(ids_MA, experts)
     token_MA = jnp.broadcast_to(jnp.arange(M)[:, None], (M, A))
-    token_EC = jnp.zeros((E, C), jnp.int32).at[ids_MA, place_MA].set(token_MA)
-    down_ECD = [
-        one_expert(x_MD, token_EC[e], count_E[e], (gate_DF, up_DF, down_FD), sizes, hidden_act)
-        for e, (gate_DF, up_DF, down_FD) in enumerate(zip(*kernels, strict=True))
-    ]
-    down_MAD = jnp.concatenate(down_ECD)[ids_MA * C + place_MA]
+    token_EC = jnp.zeros((experts, rows), jnp.int32).at[ids_MA, place_MA].set(token_MA)
+    return Tokens(token_EC, count_E, place_MA)
+
+
+def combine(
+    down_ECD: tuple[jax.Array, ...], place_MA: jax.Array, ids_MA: jax.Array, weights_MA: jax.Array
+) -> jax.Array:
+    """Bring the experts' rows back to their tokens, and sum each token's."""
+    down_MAD = jnp.concatenate(down_ECD)[ids_MA * len(down_ECD[0]) + place_MA]
     return sum_chosen(down_MAD, weights_MA)
 
 
@@ -43,13 +66,14 @@ def block_experts(
 @partial(jax.jit, static_argnames=("sizes", "hidden_act"))
 def one_expert(
     x_MD: jax.Array,
-    token_C: jax.Array,
-    count: jax.Array,
+    tokens: Tokens,
+    e: int | jax.Array,
     kernels: tuple[jax.Array, jax.Array, jax.Array],
     sizes: tuple[int, ...],
     hidden_act: str,
 ) -> jax.Array:
-    """Give the expert's outputs [C, D] for its first `count` tokens, and zeros after them."""
+    """Give the outputs [C, D] of expert e for its tokens, and zeros after them."""
+    token_C, count = tokens.token_EC[e], tokens.count_E[e]
     largest, D = sizes[-1], x_MD.shape[1]
 
     def of_size(size: int) -> Callable[[jax.Array], jax.Array]:
