@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import click
 import numpy as np
@@ -125,10 +126,27 @@ def converting(src: Path, work: Path) -> Iterator[tuple[str, Callable[[], object
     """Name every row and what it measures."""
     view = Checkpoint.open(src).view("flax")
     yield "`cp` and fsync", lambda: copy(src, work / "copy")
-    yield "write alone, past the page cache", lambda: written(view, work / "written")
+    yield "write alone, through the page cache", through_the_cache(lambda: written(view, work / "written"))
+    yield "write alone, past it", lambda: written(view, work / "written")
     for name, step in STEPS.items():
         yield name, lambda step=step: passed(view, step)  # type: ignore[misc]
-    yield "all: convert", lambda: convert.execute.convert(src, work / "flax", overwrite=True)
+
+    def whole() -> None:
+        convert.execute.convert(src, work / "flax")
+        shutil.rmtree(work / "flax")
+
+    yield "all, written through the page cache", through_the_cache(whole)
+    yield "all: convert", whole
+
+
+def through_the_cache(run: Callable[[], None]) -> Callable[[], None]:
+    """Take direct writes away from what runs."""
+
+    def without() -> None:
+        with mock.patch("convert.io.safetensors._open_direct", return_value=None):
+            run()
+
+    return without
 
 
 def timed(run: Callable[[], object]) -> tuple[float, float]:

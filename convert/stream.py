@@ -59,9 +59,10 @@ class Stream:
 
     def write(self, writer: Writer, file: PlannedFile) -> None:
         """Write every tensor of a file, but those that are in their places already."""
+        largest_first = sorted(file.tensors, key=lambda tensor: -tensor.nbytes)  # so that all end at about one time
         with ThreadPoolExecutor(WORKERS) as workers:
             try:
-                moves = [workers.submit(self._move, writer, tensor) for tensor in file.tensors]
+                moves = [workers.submit(self._move, writer, tensor) for tensor in largest_first]
                 wait(moves, return_when=FIRST_EXCEPTION)
             finally:
                 self._stop.set()  # an interrupt arrives here, too
