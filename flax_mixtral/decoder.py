@@ -185,9 +185,8 @@ class Decoder(nnx.Module):
         x_BTD = self.embed_tokens(input_ids)
         if cache is not None:
             refuse_overflow(cache, T, self.config.sliding_window)
-        given = {"attention_mask": attention_mask, "position_ids": position_ids, "cache": cache}
-        static = {"config": self.config, "shape_BT": (B, T), "dtype": x_BTD.dtype}
-        context = apply_part(context_of, static=static, **given)
+        shaped = (self.config, (B, T), attention_mask, position_ids, x_BTD.dtype, cache)
+        context = apply_part(context_of, *shaped, static=(0, 1, 4))
         stream, router_logits, new = [], [], []
         for layer, block in enumerate(self.layers):
             layer_key = None if key is None else jax.random.fold_in(key, layer)

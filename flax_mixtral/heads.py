@@ -99,8 +99,8 @@ class _Pretrained(nnx.Module):
         pretrained.save(self, self.config, path)
 
     def _output(self, trace: DecoderTrace, logits: jax.Array | None, attention_mask: jax.Array | None) -> MixtralOutput:
-        static = {"per_token": self.config.num_experts_per_tok}
-        aux_loss = apply_part(load_balancing_loss, trace.router_logits, static=static, mask_BT=attention_mask)
+        given = (trace.router_logits, self.config.num_experts_per_tok, attention_mask)
+        aux_loss = apply_part(load_balancing_loss, *given, static=(1,))
         hidden_states = (*trace.stream_BTD, trace.final_norm_BTD)
         return MixtralOutput(logits, hidden_states, trace.router_logits, aux_loss, trace.cache)
 

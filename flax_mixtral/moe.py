@@ -132,8 +132,7 @@ class MoE(nnx.Module):
             key: PRNG key of training, for the jitter.
         """
         x_MD = jitter(x_BTD, self.jitter_noise, key).reshape(-1, x_BTD.shape[-1])
-        static = {"per_token": self.per_token}
-        routing = apply_part(route, x_MD, self.router.kernel[...], static=static, ids_MA=routing_MA)
+        routing = apply_part(route, x_MD, self.router.kernel[...], self.per_token, routing_MA, static=(2,))
         ids_MA = routing.ids_MA if routing_MA is None else routing_MA
         kernels = self.experts.kernels()
         out_MD = apply_experts(x_MD, routing.weights_MA, ids_MA, kernels, self.hidden_act, self.backend)

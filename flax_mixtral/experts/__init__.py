@@ -99,7 +99,7 @@ def apply_experts(
 
     Source: transformers 5.23, `grouped_mm_experts_forward`.
     """
-    given = (x_MD, weights_MA, ids_MA, kernels)
+    given = (x_MD, weights_MA, ids_MA, kernels, hidden_act)
     if backend in COMPILES_ITSELF:
-        return BACKENDS[backend](*given, hidden_act)
-    return apply_part(BACKENDS[backend], *given, static={"hidden_act": hidden_act})
+        return BACKENDS[backend](*given)
+    return apply_part(BACKENDS[backend], *given, static=(4,))

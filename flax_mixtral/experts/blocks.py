@@ -28,7 +28,7 @@ def block_experts(
     M, E = len(ids_MA), len(kernels.gate)
     sizes = (*(size for size in SIZES if size < M), min(M, SIZES[-1]))
     C = -(-M // sizes[-1]) * sizes[-1]  # rows of an expert that every token chose
-    tokens = apply_part(tokens_of, ids_MA, static={"experts": E, "rows": C})
+    tokens = apply_part(tokens_of, ids_MA, E, C, static=(1, 2))
     down_ECD = tuple(
         one_expert(x_MD, tokens, e, kernels_of_one, sizes, hidden_act)
         for e, kernels_of_one in enumerate(zip(*kernels, strict=True))
