@@ -4,6 +4,7 @@
 #   make test    the tests            PYTEST_ARGS="-n 0 -x tests/convert" narrows them
 #   make check   format, lint, import contract, types
 #   make bench   the benchmarks
+#   make docs    the documentation, to build/docs/index.html
 #   make clean   remove what these made, except .venv
 #
 # Needs Python 3.11 or newer (PYTHON=... picks one) and a package index that pip can reach.
@@ -19,7 +20,7 @@ PYTEST_ARGS ?= -n 2
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check bench clean
+.PHONY: help demo test check bench docs clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -44,6 +45,12 @@ check: $(STAMP)
 
 bench: $(STAMP)
 	@if [ -f benchmarks/__main__.py ]; then $(BIN)/python -m benchmarks; else echo "No benchmarks yet."; fi
+
+docs: $(STAMP)
+	$(BIN)/python -m pip install --quiet -e '.[docs]' -c constraints.txt
+	$(BIN)/python scripts/write_weight_map.py
+	$(BIN)/sphinx-build --fail-on-warning --keep-going --quiet docs build/docs
+	@echo "To read: build/docs/index.html"
 
 clean:
 	rm -rf build dist .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache

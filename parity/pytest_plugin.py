@@ -46,7 +46,7 @@ def assert_parity(request: pytest.FixtureRequest) -> "Callable[..., Result]":
         from parity.runner import run
 
         result = run(torch_checkpoint, flax_checkpoint, **options)
-        reports = request.config.getoption("parity_report")
+        reports = request.config.getoption("parity_report", None)
         written = None
         if reports is not None:
             from parity.report.folder import write

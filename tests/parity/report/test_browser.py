@@ -35,6 +35,9 @@ LABELS = """
 }
 """
 
+PATIENCE_MS = 120_000
+"""A machine that is busy with other tests takes its time to draw five megabytes of script."""
+
 COLOURS = """
 async (name) => {
     const image = new Image();
@@ -80,6 +83,7 @@ def opened(browser: Browser, folder: Path, complaints: list[str], **context: Any
             complaints.append(f"request: {url[:80]}")
 
     page = browser.new_context(**context).new_page()
+    page.set_default_timeout(PATIENCE_MS)
     page.on("console", lambda message: complaints.append(f"console: {message.text}"))
     page.on("pageerror", lambda error: complaints.append(f"error: {error}"))
     page.on("request", lambda request: asked(request.url))
@@ -165,9 +169,9 @@ def test_complaints_are_heard(browser: Browser, tmp_path: Path) -> None:
 def planted_report(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Give the reports of a fault planted in layer 2 of the trained model."""
     fault = next(fault for fault in FAULTS if fault.slug == "attention-scale")
-    inputs = tokenized(embedded.path(), embedded.held_out_text()[:600])
+    inputs = tokenized(embedded.path(), embedded.held_out_text()[:300])
     folder = tmp_path_factory.mktemp("planted")
-    write(run(embedded.path(), inputs=inputs, dtype="bfloat16", grad=True, change=planted(fault, 2)), folder)
+    write(run(embedded.path(), inputs=inputs, dtype="bfloat16", change=planted(fault, 2)), folder)
     return folder
 
 
