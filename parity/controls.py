@@ -65,6 +65,11 @@ class _OpByOp(FlaxSide):
         super().__init__(config, weights)
         self._run_block = run_block
 
+    def block(self, layer: int, x_BTD: Array, batch: Batch, routing: Array | None = None) -> Trace:
+        """See `Side.block`."""
+        with jax.disable_jit():  # the model compiles its parts by itself where nobody else compiles
+            return super().block(layer, x_BTD, batch, routing)
+
 
 class _RowByRow(FlaxSide):
     """Each row of the batch by itself: another batch size."""
