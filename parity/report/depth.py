@@ -1,7 +1,8 @@
 """The charts over depth: what becomes of the logits, the tokens and the router, layer by layer."""
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 from parity.metrics import Precision
 from parity.report.chart import Chart, number
@@ -9,6 +10,9 @@ from parity.result import Result
 from parity.router import LayerRouting
 
 __all__ = ["agreement", "divergence", "errors", "router_margins"]
+
+MOST_LABELS, FEW_DECADES = 6, 1.5
+"""Of an axis of powers of ten."""
 
 
 def errors(result: Result, dtype: Precision) -> Chart | None:
@@ -82,7 +86,7 @@ def _lines(name: str, section: str, caption: str, lines: Mapping[str, Line], *, 
     if not depths:
         return None
     labels = ["end" if depth == math.inf else str(int(depth)) for depth in depths]
-    data = [
+    data: list[dict[str, Any]] = [
         {
             "type": "scatter",
             "mode": "lines+markers",
@@ -95,7 +99,8 @@ def _lines(name: str, section: str, caption: str, lines: Mapping[str, Line], *, 
         }
         for (label, line), symbol, dash in zip(lines.items(), ("circle", "diamond"), ("solid", "dot"), strict=True)
     ]
-    axis = {"type": "log", "exponentformat": "power", "nticks": 6} if log else {"type": "linear"}
+    drawn = [value for line in data for value in line["y"] if value is not None]
+    axis = {"type": "log", "exponentformat": "power", **_decades(drawn)} if log else {"type": "linear"}
     layout = {
         "height": 300,
         "xaxis": {"type": "category", "title": {"text": "layer"}},
@@ -107,6 +112,12 @@ def _lines(name: str, section: str, caption: str, lines: Mapping[str, Line], *, 
         [label, *(number(line.get(at)) for line in lines.values())] for label, at in zip(labels, depths, strict=True)
     ]
     return Chart(name, section, caption, {"data": data, "layout": layout}, ("layer", *lines), table)
+
+
+def _decades(drawn: Sequence[float]) -> dict[str, int]:
+    """Label whole powers of ten where there are a few; Plotly's own choice mixes them with 2 and 5."""
+    spanned = math.log10(max(drawn) / min(drawn)) if drawn else 0
+    return {"dtick": math.ceil(spanned / MOST_LABELS)} if spanned > FEW_DECADES else {"nticks": MOST_LABELS}
 
 
 def _drawn(value: float | None, log: bool) -> float | None:

@@ -124,7 +124,9 @@ def photographed(browser: Browser, folder: Path, name: str, scheme: str, width: 
     return page
 
 
-@pytest.mark.parametrize(("kind", "scheme", "width"), [("fail", "light", 1280), ("pass", "dark", 390)])
+@pytest.mark.parametrize(
+    ("kind", "scheme", "width"), [("fail", "light", 1280), pytest.param("pass", "dark", 390, marks=pytest.mark.slow)]
+)
 def test_a_page_draws_and_answers(browser: Browser, tmp_path: Path, kind: str, scheme: str, width: int) -> None:
     write(RESULTS[kind], tmp_path)
     page = photographed(browser, tmp_path, kind, scheme, width)
@@ -140,6 +142,7 @@ def test_a_page_without_a_verdict_opens(browser: Browser, tmp_path: Path, kind: 
     assert page.locator(".verdict").inner_text().lower() == "unchecked"
 
 
+@pytest.mark.slow
 def test_it_is_read_without_a_mouse(browser: Browser, tmp_path: Path) -> None:
     write(RESULTS["fail"], tmp_path)
     page = opened(browser, tmp_path, [])
