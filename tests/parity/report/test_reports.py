@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -11,10 +12,14 @@ import pytest
 import xmlschema
 from rich.console import Console
 
-from parity.report import html, junit, terminal
+from parity.faults import FAULTS
+from parity.planting import planted
+from parity.report import html, junit, markdown, terminal
 from parity.report import json as json_report
 from parity.report.folder import FILES, write
 from parity.result import Result
+from parity.runner import run
+from tests.checkpoints import write_checkpoint
 from tests.parity.report.results import CRASH, FAIL, PASS, RESULTS, large
 
 JUNIT = xmlschema.XMLSchema(Path(__file__).resolve().parents[2] / "data" / "junit-10.xsd")
@@ -40,11 +45,38 @@ def test_the_junit_schema_refuses_what_is_none() -> None:
         JUNIT.validate(junit.render(FAIL).replace("<testcase ", '<testcase verdict="none" '))
 
 
-@pytest.mark.parametrize("result", RESULTS.values(), ids=RESULTS)
+RECORDED = replace(
+    PASS,
+    environment={"torch": PASS.environment, "flax": PASS.environment},
+    provenance={**PASS.provenance, "reference": "torch.trace", "other": "flax.trace"},
+)
+"""As `mixtral-parity compare` gives it: each side was recorded on a machine of its own."""
+
+
+@pytest.mark.parametrize("result", [*RESULTS.values(), RECORDED], ids=[*RESULTS, "recorded"])
 def test_result_json_is_valid_by_its_own_schema(result: Result) -> None:
     schema = json_report.schema()
     jsonschema.Draft202012Validator.check_schema(schema)
     jsonschema.validate(json.loads(json_report.render(result)), schema)
+
+
+def test_both_machines_of_a_comparison_of_recordings_are_named() -> None:
+    text = markdown.render(RECORDED)
+    assert "| torch side: jax | 0.10.2 |" in text
+    assert "| flax side: machine | x86_64 |" in text
+
+
+@pytest.mark.slow
+def test_a_real_result_of_every_mode_is_valid(tmp_path: Path) -> None:
+    """With a fault, so that causes, flips and failures are there, too."""
+    write_checkpoint(tmp_path / "model", num_hidden_layers=2)
+    fault = next(fault for fault in FAULTS if fault.slug == "attention-scale")
+    result = run(tmp_path / "model", inputs="quick", dtype="bfloat16", grad=True, generate=3, change=planted(fault, 1))
+    modes = {"local", "operation", "propagated", "reference", "whole", "backward", "cache"}
+    assert {finding.mode for finding in result.findings} == modes
+    write(result, tmp_path / "report")
+    jsonschema.validate(json.loads((tmp_path / "report" / "result.json").read_text()), json_report.schema())
+    JUNIT.validate((tmp_path / "report" / "junit.xml").read_text())
 
 
 def objects(schema: Any) -> list[dict[str, Any]]:
