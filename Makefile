@@ -3,7 +3,7 @@
 #   make demo    convert the embedded model, let both frameworks write, compare them, write a report
 #   make test    the tests            PYTEST_ARGS="-n 0 -x tests/convert" narrows them
 #   make check   format, lint, import contract, types
-#   make bench   the benchmarks
+#   make bench   measure beside transformers, and write docs/performance.md
 #   make docs    the documentation, to build/docs/index.html
 #   make clean   remove what these made, except .venv
 #
@@ -44,7 +44,7 @@ check: $(STAMP)
 	scripts/check
 
 bench: $(STAMP)
-	@if [ -f benchmarks/__main__.py ]; then $(BIN)/python -m benchmarks; else echo "No benchmarks yet."; fi
+	$(BIN)/python -m benchmarks --write docs/performance.md
 
 docs: $(STAMP)
 	$(BIN)/python -m pip install --quiet -e '.[docs]' -c constraints.txt

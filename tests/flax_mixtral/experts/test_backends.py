@@ -12,6 +12,7 @@ from jax.sharding import AxisType
 
 from flax_mixtral.config import MixtralConfig
 from flax_mixtral.experts import BACKENDS, Backend, Kernels, apply_experts, blocks, choose_backend
+from flax_mixtral.experts.blocks import block_sizes
 
 D, E, F, A = 6, 5, 8, 2
 EMPTY = 2
@@ -73,14 +74,8 @@ def exact(x_MD: Any, weights_MA: Any, ids_MA: Any, kernels: Any) -> np.ndarray:
     return out_MD
 
 
-@pytest.fixture(autouse=True)
-def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """So that a few tokens make several blocks, and the last of them is of each size."""
-    monkeypatch.setattr(blocks, "SIZES", (1, 2, 4))
-
-
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
-@pytest.mark.parametrize("M", [1, 3, 11])
+@pytest.mark.parametrize("M", [1, 3, 20])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_outputs_are_the_exact_ones_but_for_rounding(backend: Backend, M: int, dtype: Any) -> None:
     arrays = given(M, dtype)
@@ -90,7 +85,7 @@ def test_outputs_are_the_exact_ones_but_for_rounding(backend: Backend, M: int, d
     np.testing.assert_allclose(np.asarray(found, np.float64), exact(*arrays), rtol=0, atol=8 * unit)
 
 
-@pytest.mark.parametrize("M", [1, 11])
+@pytest.mark.parametrize("M", [1, 20])
 @pytest.mark.parametrize("backend", [name for name in BACKENDS if name != "dense"])
 def test_gradients_agree(backend: Backend, M: int) -> None:
     arrays = given(M)
@@ -103,7 +98,7 @@ def test_gradients_agree(backend: Backend, M: int) -> None:
 @pytest.mark.parametrize("planted", [np.inf, np.nan])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_an_expert_nobody_uses_may_hold_anything(backend: Backend, planted: float) -> None:
-    x_MD, weights_MA, ids_MA, kernels = given(11)
+    x_MD, weights_MA, ids_MA, kernels = given(20)
     broken = Kernels(*(jnp.asarray(kernel).at[EMPTY].set(planted) for kernel in kernels))
     for function in (run, gradients):
         clean, found = (
@@ -117,7 +112,7 @@ def test_an_expert_nobody_uses_may_hold_anything(backend: Backend, planted: floa
 
 @pytest.mark.parametrize("backend", ["dense", "blocks"])
 def test_one_tokens_overflow_is_its_own(backend: Backend) -> None:
-    x_MD, weights_MA, ids_MA, kernels = given(11, jnp.float16)
+    x_MD, weights_MA, ids_MA, kernels = given(20, jnp.float16)
     others = ids_MA[:, 1] != 1
     loud = Kernels(*(jnp.asarray(kernel).at[1].multiply(3e4) for kernel in kernels))
     found = run(x_MD, weights_MA, ids_MA, loud, backend=backend)
@@ -166,9 +161,16 @@ def test_the_choice_is_by_the_size_of_an_expert_on_a_cpu() -> None:
 def test_calls_outside_jit_compile_an_expert_once() -> None:
     compiled: Any = blocks.one_expert  # whose type does not list what jit adds
     compiled.clear_cache()
-    x_MD, weights_MA, ids_MA, kernels = given(11)
+    x_MD, weights_MA, ids_MA, kernels = given(20)
     for _ in range(3):
         apply_experts(x_MD, weights_MA, ids_MA, held(kernels, "blocks"), "silu", "blocks")
     before = compiled._cache_size()
     apply_experts(x_MD * 2, weights_MA, ids_MA, held(kernels, "blocks"), "silu", "blocks")
     assert compiled._cache_size() == before == 1, "for all experts of all calls"
+
+
+def test_blocks_are_of_few_sizes_around_the_average() -> None:
+    assert block_sizes(512, 128) == (32, 64, 96, 112, 128, 144, 160, 192, 256)
+    assert block_sizes(4096, 1024) == block_sizes(512, 128), "no block is larger"
+    assert block_sizes(20, 8.0) == (2, 8, 16), "so that the expert of all tokens above has two blocks"
+    assert block_sizes(1, 0.25) == (1,)
