@@ -119,7 +119,7 @@ def _heat_map(
         "xaxis": {"tickangle": -90, "type": "category", "side": "bottom"},
         "yaxis": {"autorange": "reversed", "type": "category"},
     }
-    if outlined is not None and outlined[0] in rows and outlined[1] in columns:
+    if outlined is not None and verdict_of(cells.get(outlined, ())) == "fail":
         x, y = columns.index(outlined[1]), rows.index(outlined[0])
         layout["shapes"] = [{"type": "rect", "x0": x - 0.5, "x1": x + 0.5, "y0": y - 0.5, "y1": y + 0.5}]
     table = [

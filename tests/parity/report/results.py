@@ -14,7 +14,7 @@ from parity.router import Flip, LayerRouting
 from parity.sides.timed import Cost
 from parity.verdict import Finding, Mode, Verdict
 
-__all__ = ["RESULTS", "findings", "large"]
+__all__ = ["CRASH", "FAIL", "PASS", "RESULTS", "UNCHECKED", "finding", "findings", "large"]
 
 BLOCK = (
     "input_norm q attn_context resid_mid router_logits router_ids expert.0.gate expert.1.down resid_out lens".split()

@@ -16,11 +16,12 @@ from parity.faults import FAULTS
 from parity.planting import planted
 from parity.report import html, junit, markdown, terminal
 from parity.report import json as json_report
+from parity.report.figures import charts
 from parity.report.folder import FILES, write
 from parity.result import Result
 from parity.runner import run
 from tests.checkpoints import write_checkpoint
-from tests.parity.report.results import CRASH, FAIL, PASS, RESULTS, large
+from tests.parity.report.results import CRASH, FAIL, PASS, RESULTS, finding, large
 
 JUNIT = xmlschema.XMLSchema(Path(__file__).resolve().parents[2] / "data" / "junit-10.xsd")
 
@@ -112,6 +113,13 @@ def test_html_takes_nothing_from_outside(result: Result) -> None:
     assert set(re.findall(r'(?:src|href)="([^"#][^"]*)"', page)) == {"data:,"}
     assert "@import" not in page
     assert "url(" not in page
+
+
+def test_what_fails_first_is_outlined_where_it_fails_alone() -> None:
+    passes_alone = finding(1, "attn_context", "operation")
+    drawn = {chart.name: chart for chart in charts(replace(FAIL, findings=[*FAIL.findings, passes_alone]))}
+    assert len(drawn["margins-float32-local"].figure["layout"]["shapes"]) == 1
+    assert "shapes" not in drawn["margins-float32-operation"].figure["layout"]
 
 
 def test_text_of_a_model_cannot_become_markup() -> None:
