@@ -15,7 +15,6 @@ import torch
 import transformers
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.utils.hooks import RemovableHandle
 from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -25,6 +24,14 @@ from flax_mixtral.config import MixtralConfig
 from parity.decoding import Decoded, continued, in_steps, joined
 from parity.gradients import Gradients, Losses, training_labels
 from parity.metrics import Precision
+from parity.sides.torch_hooks import (
+    EXPERT_INPUTS,
+    gradient_of,
+    observe_router,
+    record,
+    record_gradients,
+    recording_attention,
+)
 from parity.trace import Array, Batch, Trace, expert_rows
 
 __all__ = ["Attention", "Experts", "TorchSide", "whole_logits"]
@@ -36,23 +43,6 @@ RECORDING = "mixtral_parity_recording"
 """The name under which the recording attention is registered while a block runs."""
 
 transformers.utils.logging.disable_progress_bar()  # mixtral-parity shows its own
-
-OUTPUTS = {
-    "input_layernorm": "input_norm",
-    "self_attn.q_proj": "q",
-    "self_attn.k_proj": "k",
-    "self_attn.v_proj": "v",
-    "self_attn.o_proj": "attn_out",
-    "post_attention_layernorm": "post_attn_norm",
-    "mlp": "moe_out",
-}
-"""The points that are the output of a module of `MixtralDecoderLayer`."""
-
-INPUTS = {
-    "post_attention_layernorm": ("resid_mid",),
-    "mlp.experts": ("expert_inputs", "used_ids", "used_weights"),
-}
-"""What is kept of a module's arguments."""
 
 
 class TorchSide:
@@ -119,7 +109,7 @@ class TorchSide:
             positions = inputs["position_ids"]
             rotary = mixtral.MixtralRotaryEmbedding(self._hf_config)  # a new one: dynamic rope remembers long batches
             seen: dict[str, Tensor] = {}
-            _record(module, seen, routing)
+            record(module, seen, routing)
             with _recording_attention(self._hf_config._attn_implementation, seen):
                 seen["resid_out"] = module(
                     x,
@@ -175,16 +165,16 @@ class TorchSide:
             model = self._whole_model()
             seen: list[dict[str, Tensor]] = [{} for _ in model.model.layers]
             for number, (layer, own) in enumerate(zip(model.model.layers, seen, strict=True)):
-                _record_gradients(layer, own, None if routing is None else routing[number])
+                record_gradients(layer, own, None if routing is None else routing[number])
             output = model(**_inputs(batch), labels=_tensor(labels_BT), output_router_logits=True)
             output.loss.backward()
             loss = ForCausalLMLoss(output.logits, _tensor(labels_BT), self.config.vocab_size)
-            parameters = {name: _numpy(_gradient(leaf)) for name, leaf in model.named_parameters()}
+            parameters = {name: _numpy(gradient_of(leaf)) for name, leaf in model.named_parameters()}
             stream = [own["resid_in"] for own in seen] + [seen[-1]["resid_out"]]
             return Gradients(
                 Losses(*(_numpy(scalar.detach()) for scalar in (loss, output.aux_loss, output.loss))),
                 parameters,
-                [_numpy(_gradient(x_BTD)) for x_BTD in stream],
+                [_numpy(gradient_of(x_BTD)) for x_BTD in stream],
                 [_numpy(own["router_ids"]) for own in seen],
             )
 
@@ -211,7 +201,7 @@ class TorchSide:
                 for layer, (block, own) in enumerate(zip(model.model.layers, seen, strict=True)):
                     forced = None if routing is None else routing[layer].reshape(B, end, -1)[:, step]
                     hooks.append(
-                        _observe_router(block, own, None if forced is None else forced.reshape(-1, forced.shape[-1]))
+                        observe_router(block, own, None if forced is None else forced.reshape(-1, forced.shape[-1]))
                     )
                 output = model(
                     inputs["input_ids"][:, step],
@@ -245,7 +235,7 @@ class TorchSide:
 
     def _trace(self, module: nn.Module, seen: dict[str, Tensor], batch: Batch) -> Trace:
         """Bring what was seen into the points' shapes, and run each expert as `MixtralExperts.forward` does."""
-        expert_inputs, used_ids, _ = (seen.pop(name) for name in INPUTS["mlp.experts"])
+        expert_inputs, used_ids, _ = (seen.pop(name) for name in EXPERT_INPUTS)
         trace = Trace()
         for point, tensor in seen.items():
             by_head = point in ("q", "k", "v")
@@ -317,75 +307,15 @@ def _running(threads: int | None) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _record(layer: nn.Module, seen: dict[str, Tensor], routing: Array | None) -> None:
-    """Attach the hooks that keep what a block computes; they go with the block."""
-    for path, point in OUTPUTS.items():
-        layer.get_submodule(path).register_forward_hook(
-            lambda module, args, output, point=point: seen.update({point: output})
-        )
-    for path, points in INPUTS.items():
-        layer.get_submodule(path).register_forward_pre_hook(
-            lambda module, args, points=points: seen.update(zip(points, args, strict=True))
-        )
-    _observe_router(layer, seen, routing)
-
-
-def _record_gradients(layer: nn.Module, seen: dict[str, Tensor], routing: Array | None) -> None:
-    """Attach the hooks that keep a block's input, output and routing, and the gradients of the first two."""
-
-    def keep(point: str, x_BTD: Tensor) -> None:
-        x_BTD.retain_grad()
-        seen[point] = x_BTD
-
-    layer.register_forward_pre_hook(lambda module, args: keep("resid_in", args[0]))
-    layer.register_forward_hook(lambda module, args, output: keep("resid_out", output))
-    _observe_router(layer, seen, routing)
-
-
-def _observe_router(layer: nn.Module, seen: dict[str, Tensor], routing: Array | None) -> RemovableHandle:
-    """Attach the hook that keeps a block's routing, and replaces it where another one is forced."""
-    gate = layer.get_submodule("mlp.gate")
-    return gate.register_forward_hook(lambda module, args, output: _route(output, seen, routing))
-
-
-def _gradient(tensor: Tensor) -> Tensor:
-    """Give a tensor's gradient; zeros where nothing led to it."""
-    return torch.zeros_like(tensor) if tensor.grad is None else tensor.grad
-
-
 @contextmanager
 def _recording_attention(attention: str, seen: dict[str, Tensor]) -> Iterator[None]:
-    """Register an attention that keeps what goes in and out and leaves the arithmetic to transformers' own."""
+    """Register an attention that records beside transformers' own."""
     delegate = ALL_ATTENTION_FUNCTIONS.get_interface(attention, mixtral.eager_attention_forward)
-
-    def record(module: Any, query: Tensor, key: Tensor, *args: Any, **kwargs: Any) -> Any:
-        context, weights = delegate(module, query, key, *args, **kwargs)
-        seen.update(q_rot=query.transpose(1, 2), k_rot=key.transpose(1, 2), attn_context=context)
-        # Only where every rounding is written out can operations be compared one by one: in eager attention (whose
-        # scores are computed here as it does, before the mask), and where experts are summed in float32.
-        if weights is not None and module.config._experts_implementation != "eager":
-            keys = mixtral.repeat_kv(key, query.shape[1] // key.shape[1])
-            seen.update(attn_scores=query @ keys.transpose(2, 3) * kwargs["scaling"], attn_probs=weights)
-        return context, weights
-
-    ALL_ATTENTION_FUNCTIONS[RECORDING] = record
+    ALL_ATTENTION_FUNCTIONS[RECORDING] = recording_attention(delegate, mixtral.repeat_kv, seen)
     try:
         yield
     finally:
         del ALL_ATTENTION_FUNCTIONS[RECORDING]
-
-
-def _route(output: tuple[Tensor, Tensor, Tensor], seen: dict[str, Tensor], routing: Array | None) -> Any:
-    """Record the router's own choice, and replace it where another one is forced."""
-    logits_ME, weights_MA, ids_MA = output
-    probs_ME = functional.softmax(logits_ME.float(), dim=-1)
-    used_MA = ids_MA
-    if routing is not None:
-        used_MA = _tensor(routing)
-        weights_MA = probs_ME.gather(-1, used_MA)
-        weights_MA = weights_MA / weights_MA.sum(dim=-1, keepdim=True)
-    seen.update(router_logits=logits_ME, router_probs=probs_ME, router_ids=ids_MA, router_weights=weights_MA)
-    return logits_ME, weights_MA, used_MA
 
 
 def _inputs(batch: Batch) -> dict[str, Any]:
