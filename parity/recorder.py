@@ -128,7 +128,8 @@ def record(
     leaves, steps = source.view("flax"), Steps(progress, 0)
     steps.total = len(leaves) + len(WALKS[job.dtype]) * (job.layers.stop + 3)
     manifest = job.manifest(hash_leaves(leaves, steps.advance))
-    recording = _resumed(out, manifest) if resume and out.exists() else Recording.create(out, manifest, job.batches)
+    begun = resume and out.exists() and not Recording.is_empty(out)
+    recording = _resumed(out, manifest) if begun else Recording.create(out, manifest, job.batches)
     return _walk(replace(job, layers=recording.layers), recording, steps)
 
 

@@ -28,6 +28,9 @@ __all__ = ["FORMAT", "Manifest", "Recording"]
 
 FORMAT = 1
 MANIFEST, INPUTS, INDEX = "manifest.json", "inputs.safetensors", "answers.jsonl"
+BEGUN = ".begun"
+"""Ends the name of a file until it is whole."""
+
 IDS = ("input_ids", "attention_mask", "position_ids")
 
 
@@ -86,8 +89,8 @@ class Recording:
 
     @classmethod
     def create(cls, path: Path, manifest: Manifest, batches: Sequence[Batch]) -> "Recording":
-        """Begin a recording in a new directory."""
-        path.mkdir(parents=True)
+        """Begin a recording in a new directory, or in one where that was interrupted."""
+        path.mkdir(parents=True, exist_ok=True)
         arrays = {
             f"{number}.{name}": getattr(batch, name)
             for number, batch in enumerate(batches)
@@ -97,6 +100,12 @@ class Recording:
         _write(path / INPUTS, arrays)
         manifest.write(path)
         return cls(path, manifest, batches)
+
+    @staticmethod
+    def is_empty(path: Path) -> bool:
+        """Say whether a directory holds no more than `create` puts there before it ends."""
+        names = {file.name.removesuffix(BEGUN) for file in path.iterdir()} if path.is_dir() else {path.name}
+        return names <= {INPUTS, MANIFEST} and not (path / MANIFEST).exists()
 
     @classmethod
     def open(cls, path: str | Path) -> "Recording":
@@ -242,7 +251,7 @@ def _index(path: Path) -> Iterator[tuple[Call, dict[str, Any]]]:
 
 def _write(path: Path, arrays: Mapping[str, Array]) -> None:
     """Write a safetensors file; it is there whole or not at all."""
-    begun = path.with_name(f"{path.name}.begun")
+    begun = path.with_name(path.name + BEGUN)
     begun.unlink(missing_ok=True)
     with Writer(begun, [(name, array.dtype, array.shape) for name, array in arrays.items()], "np") as writer:
         for name, array in arrays.items():
@@ -251,7 +260,7 @@ def _write(path: Path, arrays: Mapping[str, Array]) -> None:
 
 
 def _replace(path: Path, content: bytes) -> None:
-    begun = path.with_name(f"{path.name}.begun")
+    begun = path.with_name(path.name + BEGUN)
     begun.write_bytes(content)
     begun.replace(path)
 

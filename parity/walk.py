@@ -207,6 +207,9 @@ class Walk:
             head = side.head(x_BTD, batch)
             if "logits" in head.arrays:
                 lens = Trace({"lens": head["logits"]}, thinned=head.thinned)
+                if head.thinned:  # answered from a recording, which a block computed just now must not have more than
+                    thin = self.detail.thin(trace, batch)
+                    trace.arrays, trace.rows, trace.thinned = thin.arrays, thin.rows, thin.thinned
                 trace.arrays["lens"] = (self.detail.thin(lens, batch) if trace.thinned else lens)["lens"]
         return trace
 

@@ -1,6 +1,10 @@
 """Two machines that never meet: recorded, compared, interrupted and resumed as if both sides had run at once."""
 
+import hashlib
 import json
+import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +15,7 @@ from safetensors import safe_open
 from convert import BadInput
 from parity.compare import compare
 from parity.detail import Detail
+from parity.metrics import Precision
 from parity.recorder import estimate_bytes, record
 from parity.recording import Recording
 from parity.result import Result
@@ -18,6 +23,8 @@ from parity.runner import run
 from parity.sides.flax import FlaxSide
 from parity.trace import Array, Batch, Trace
 from tests.checkpoints import write_checkpoint
+
+ROOT = Path(__file__).parents[2]
 
 LAYERS = 3
 
@@ -39,6 +46,11 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def torch(checkpoint: Path) -> Path:
     return record(checkpoint, checkpoint.parent / "torch.trace", "torch", inputs="quick").path
+
+
+@pytest.fixture(scope="module")
+def torch_bfloat16(checkpoint: Path) -> Path:
+    return record(checkpoint, checkpoint.parent / "torch-bf16.trace", "torch", inputs="quick", dtype="bfloat16").path
 
 
 def said(result: Result) -> dict[str, Any]:
@@ -65,12 +77,6 @@ def test_compared_recordings_say_what_the_live_run_says(
         assert said(compared) == said(live)
 
 
-def test_a_recording_in_bfloat16_has_both_walks(checkpoint: Path, tmp_path: Path) -> None:
-    torch = record(checkpoint, tmp_path / "torch.trace", "torch", inputs="quick", dtype="bfloat16").path
-    flax = record(checkpoint, tmp_path / "flax.trace", "flax", reference=torch).path
-    assert said(compare(torch, flax)) == said(run(checkpoint, inputs="quick", dtype="bfloat16"))
-
-
 class Interrupted(FlaxSide):
     """Flax, until somebody presses Ctrl-C."""
 
@@ -95,6 +101,64 @@ def test_interrupted_and_resumed_is_as_if_never_interrupted(checkpoint: Path, to
     assert said(compare(torch, out)) == said(run(checkpoint, inputs="quick"))
 
 
+def test_in_bfloat16_both_walks_are_recorded_and_resumed(
+    checkpoint: Path, torch_bfloat16: Path, tmp_path: Path
+) -> None:
+    torch, flax = torch_bfloat16, tmp_path / "flax.trace"
+    with pytest.raises(KeyboardInterrupt):
+        record(checkpoint, flax, "flax", reference=torch, side=Interrupted)
+    assert compare(torch, flax).verdict == "unchecked"
+    record(checkpoint, flax, "flax", reference=torch, resume=True)
+    oracle = record(checkpoint, tmp_path / "oracle.trace", "oracle", reference=torch).path
+    live = run(checkpoint, inputs="quick", dtype="bfloat16")
+    assert live.verdict == "pass"
+    assert {finding.dtype for finding in live.findings} == {"bfloat16", "float32"}
+    for compared in (
+        compare(torch, flax),
+        compare(torch, flax, oracle),
+        run(checkpoint, reference=torch, dtype="bfloat16"),
+    ):
+        assert said(compared) == said(live)
+
+
+KILLED = """
+import os, signal, sys
+from parity import recording
+from parity.__main__ import main
+
+def counted(call, left=[int(sys.argv.pop(1))]):
+    def killed(*arguments, **keywords):
+        left[0] -= 1
+        if left[0] == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return call(*arguments, **keywords)
+    return killed
+
+recording.Writer.write = counted(recording.Writer.write)
+recording._sha256 = counted(recording._sha256)
+main()
+"""
+"""Dies while a tensor is written, or between a file and its line in the index."""
+
+
+def held(recording: Path) -> tuple[dict[str, str], list[Any]]:
+    """Give every file of arrays with its SHA-256, and the index without the lines that were torn."""
+    lines = [json.loads(line) for line in (recording / "answers.jsonl").read_text().splitlines() if line.endswith("}")]
+    files = sorted(file for file in recording.rglob("*") if file.is_file() and file.suffix not in (".json", ".jsonl"))
+    return {str(f.relative_to(recording)): hashlib.sha256(f.read_bytes()).hexdigest() for f in files}, lines
+
+
+@pytest.mark.parametrize("calls", [100, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 4, 5, 6, 20, 52, 120))])
+def test_a_recording_that_was_killed_goes_on(checkpoint: Path, torch: Path, tmp_path: Path, calls: int) -> None:
+    out = tmp_path / "torch.trace"
+    command = ["record", str(checkpoint), str(out), "--side", "torch", "--suite", "quick"]
+    done = subprocess.run([sys.executable, "-c", KILLED, str(calls), *command], cwd=ROOT, check=False)
+    assert done.returncode == -signal.SIGKILL
+    assert Recording.is_empty(out) == (calls == 1)
+    record(checkpoint, out, "torch", inputs="quick", resume=True)
+    assert held(out) == held(torch)
+
+
 def test_layers_are_recorded_one_after_the_other(checkpoint: Path, torch: Path, tmp_path: Path) -> None:
     out = tmp_path / "torch.trace"
     record(checkpoint, out, "torch", inputs="quick", layers=range(0, 1))
@@ -116,16 +180,19 @@ def test_some_layers_alone(checkpoint: Path, torch: Path, tmp_path: Path) -> Non
     assert said(live) == said(recorded) == said(cut)
 
 
-def test_a_sample_of_tokens_is_judged_and_said(checkpoint: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_sample_of_tokens_is_judged_and_said(checkpoint: Path, tmp_path: Path, dtype: Precision) -> None:
     detail = Detail(tokens=16)
-    torch = record(checkpoint, tmp_path / "torch.trace", "torch", inputs="quick", detail=detail).path
+    torch = record(checkpoint, tmp_path / "torch.trace", "torch", inputs="quick", dtype=dtype, detail=detail).path
     flax = record(checkpoint, tmp_path / "flax.trace", "flax", reference=torch, side=NormTwice).path
-    result = compare(torch, flax)
+    oracle = record(checkpoint, tmp_path / "oracle.trace", "oracle", reference=torch).path
+    result = compare(torch, flax, oracle)
+    assert said(result) == said(compare(torch, flax))
     assert result.verdict == "fail"
     assert result.first_divergence is not None
     assert result.first_divergence.layer == 1
     assert any("16 tokens" in note for note in result.notes)
-    assert run(checkpoint, reference=torch).verdict == "pass"
+    assert run(checkpoint, reference=torch, dtype=dtype).verdict == "pass"
 
 
 def test_what_was_recorded_in_bfloat16_informs_where_it_passes(checkpoint: Path, tmp_path: Path) -> None:
