@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Any
 from convert import BadInput, Checkpoint
 from parity.metrics import Precision
 from parity.oracle import Oracle
+from parity.pages import Pages
 from parity.port import Port
 from parity.recording import Recording
 from parity.sides.offered import Nothing
 from parity.sides.remembering import Remembering
-from parity.weights import Rounded
+from parity.weights import AsStored, Rounded
 
 if TYPE_CHECKING:
     from parity.sides.torch_hf import Attention, Experts
@@ -28,13 +29,14 @@ EXPERTS: "Experts" = "grouped_mm"
 """transformers' implementations that the torch side runs: the one whose softmax is written out, and the default."""
 
 
-def torch_side(source: Checkpoint, dtype: Precision, walk_dtype: Precision) -> Any:
+def torch_side(source: Checkpoint, dtype: Precision, walk_dtype: Precision, pages: Pages | None = None) -> Any:
     """Build torch's side.
 
     Args:
         source: the checkpoint.
         dtype: of the run, which all weights are rounded to.
         walk_dtype: what this walk computes in.
+        pages: the memory that its weights and those of the other sides take in turn.
 
     Raises:
         BadInput: torch is not installed.
@@ -46,7 +48,7 @@ def torch_side(source: Checkpoint, dtype: Precision, walk_dtype: Precision) -> A
             f"{error}: torch's side needs torch and transformers (pip install 'flax-mixtral[parity]'), or give its "
             "recording with --reference"
         ) from error
-    weights = Rounded(source.view("hf-fused"), dtype, walk_dtype)
+    weights = Rounded(source.view("hf-fused"), dtype, walk_dtype, pages=pages)
     return TorchSide(
         source.config,
         source.raw_config,
@@ -58,14 +60,14 @@ def torch_side(source: Checkpoint, dtype: Precision, walk_dtype: Precision) -> A
     )
 
 
-def flax_side(port: Port, dtype: Precision, walk_dtype: Precision) -> Any:
+def flax_side(port: Port, dtype: Precision, walk_dtype: Precision, pages: Pages | None = None) -> Any:
     """Build the side under test; arguments as `torch_side`."""
-    return port.side(port.config, Rounded(port.weights, dtype, walk_dtype))
+    return port.side(port.config, Rounded(port.weights, dtype, walk_dtype, pages=pages))
 
 
 def oracle_side(source: Checkpoint, dtype: Precision) -> Oracle:
     """Build the oracle, on the same weights: a walk is never in less precision than they were rounded to."""
-    return Oracle(source.config, Rounded(source.view("hf-legacy"), dtype))
+    return Oracle(source.config, AsStored(source.view("hf-legacy"), dtype))
 
 
 def recorded_side(recording: Recording, walk_dtype: Precision) -> Remembering:

@@ -15,7 +15,7 @@ from parity.recording import Recording
 from parity.result import Result
 from parity.sides.offered import Nothing
 from parity.steps import Progress, Steps
-from parity.weights import Rounded, compare_configs, compare_hashes
+from parity.weights import AsStored, compare_configs, compare_hashes
 
 __all__ = ["compare"]
 
@@ -82,7 +82,7 @@ def compare(
     steps.advance("diagnosis")
     causes = [Cause(UNKNOWN, None, d.name, d.reason) for d in differences if not d.name.startswith("config.")][:1]
     if not causes and source is not None:
-        weights = Rounded(source.view("hf-legacy"), dtype, outcome.suspect.dtype if outcome.suspect else dtype)
+        weights = AsStored(source.view("hf-legacy"), dtype)
         causes = name_causes(config, differences, ({}, {}), outcome.findings, outcome.suspect, weights)
     path = torch.manifest.provenance["torch_checkpoint"] if source is None else source.path
     return Result(

@@ -17,8 +17,8 @@ from parity.weights import DTYPES
 __all__ = ["available_bytes", "too_large"]
 
 ROOM = 2.0
-"""What a whole model takes at most while it is loaded and run, relative to its parameters: transformers took twice as
-much for 2.9 billion of them (benchmarks/stream.py, two layers)."""
+"""What a model takes at most while it is loaded whole and run, relative to its parameters; `python -m benchmarks.stream
+--only whole` measures it for both frameworks."""
 
 CGROUP = Path("/sys/fs/cgroup")
 

@@ -53,8 +53,11 @@ def project(x: Array, kernel: Array) -> Array:
     flat, outputs = x.reshape(-1, x.shape[-1]), len(kernel)
     projected = np.empty((len(flat), outputs), x.dtype)
     step = max(1, CHUNK // max(1, kernel.shape[1]))
+    wide = np.empty((min(step, outputs), kernel.shape[1]), x.dtype)  # one for all: touching new memory is slow
     for start in range(0, outputs, step):
-        projected[:, start : start + step] = flat @ kernel[start : start + step].astype(x.dtype).T
+        rows = wide[: outputs - start]
+        rows[...] = kernel[start : start + step]
+        projected[:, start : start + step] = flat @ rows.T
     return projected.reshape(*x.shape[:-1], outputs)
 
 

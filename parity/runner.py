@@ -15,6 +15,7 @@ from parity.detail import ALL
 from parity.inputs import Suite, suite, words
 from parity.memory import too_large
 from parity.metrics import Precision
+from parity.pages import Pages
 from parity.port import FlaxFactory, Port
 from parity.provenance import environment, provenance
 from parity.read_ahead import ReadAhead
@@ -25,7 +26,7 @@ from parity.steps import Progress, Steps
 from parity.tokens import Tokens, compare_tokens
 from parity.trace import Batch
 from parity.verdict import Finding
-from parity.weights import Difference, Rounded, compare_configs, compare_hashes, compare_weights
+from parity.weights import AsStored, Difference, compare_configs, compare_hashes, compare_weights
 
 __all__ = ["Progress", "run"]
 
@@ -87,15 +88,18 @@ def run(
     compared = flax is not None or change is not None
     leaves = (source.view("flax"), port.weights)
     tokens: list[Tokens] = []
+    pages = Pages()
 
     def parts(walk_dtype: Precision) -> Parts:
+        pages.give_back()  # another dtype's tensors have other sizes
         return {
-            "torch": recorded_side(torch, walk_dtype) if torch else torch_side(source, dtype, walk_dtype),
-            "flax": flax_side(port, dtype, walk_dtype),
+            "torch": recorded_side(torch, walk_dtype) if torch else torch_side(source, dtype, walk_dtype, pages),
+            "flax": flax_side(port, dtype, walk_dtype, pages),
             "oracle": oracle_side(source, dtype),
         }
 
     def not_whole(walk_dtype: Precision) -> dict[str, str]:
+        pages.give_back()
         reason = too_large(source.config, walk_dtype)
         live = {} if reason is None else dict.fromkeys(("torch", "flax"), reason)
         if torch is None:
@@ -140,9 +144,8 @@ def run(
             )
         outcome = comparison.run()
     steps.advance("diagnosis")
-    legacy = Rounded(source.view("hf-legacy"), dtype)
-    computed_with = Rounded(source.view("hf-legacy"), dtype, outcome.suspect.dtype if outcome.suspect else dtype)
-    causes = name_causes(source.config, differences, leaves, outcome.findings, outcome.suspect, computed_with)
+    legacy = AsStored(source.view("hf-legacy"), dtype)
+    causes = name_causes(source.config, differences, leaves, outcome.findings, outcome.suspect, legacy)
     if not causes and tokens:
         causes = cache_causes(source.config, legacy, tokens[-1])
     return Result(

@@ -1,8 +1,6 @@
 """Configuration and weights, compared exactly before any forward."""
 
 import hashlib
-import math
-import mmap
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
@@ -14,15 +12,21 @@ from convert.checkpoint import View
 from convert.transpose import blocks, contiguous
 from flax_mixtral.config import MixtralConfig
 from parity.metrics import Precision
+from parity.pages import Pages
 from parity.trace import Array
 
-__all__ = ["DTYPES", "Difference", "Rounded", "compare_configs", "compare_hashes", "compare_weights", "hash_leaves"]
+__all__ = [
+    "DTYPES",
+    "AsStored",
+    "Difference",
+    "Rounded",
+    "compare_configs",
+    "compare_hashes",
+    "compare_weights",
+    "hash_leaves",
+]
 
 DTYPES: dict[Precision, np.dtype[Any]] = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
-
-
-CACHE_LINE = 64
-LARGE = 4 << 20
 
 
 class Rounded(Mapping[str, Array]):
@@ -33,16 +37,19 @@ class Rounded(Mapping[str, Array]):
     Args:
         weights: by name.
         dtypes: what they are rounded to, one after the other.
+        pages: where that memory comes from.
     """
 
-    def __init__(self, weights: Mapping[str, Array], *dtypes: Precision):
+    def __init__(self, weights: Mapping[str, Array], *dtypes: Precision, pages: Pages | None = None):
         self._weights = weights
         self._dtypes = [DTYPES[dtype] for dtype in dtypes]
+        self._pages = pages
 
     def __getitem__(self, name: str) -> Array:
         if not isinstance(self._weights, View):
             return self._cast(self._weights[name])
-        array = _aligned(self._weights.shape(name), self._dtypes[-1])
+        pages = self._pages or Pages()  # of which nothing is left when the tensor is gone
+        array = pages.take(self._weights.shape(name), self._dtypes[-1])
         flat, start = array.reshape(-1), 0
         for piece in self._weights.pieces(name):
             for block in blocks(piece):
@@ -64,19 +71,37 @@ class Rounded(Mapping[str, Array]):
         return len(self._weights)
 
 
-def _aligned(shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
-    """Give memory that begins where a cache line does: JAX takes it over without a copy.
+class AsStored(Mapping[str, Array]):
+    """Rounded weights for a side that widens them by itself, some rows at a time.
 
-    What is large comes in huge pages, of which there are fewer to touch for the first time.
+    What the rounding leaves as it is comes as the files hold it, without a copy, one tensor after the other: when the
+    next is asked for, the pages of the last are given back (and read again, should it still be looked at).
+
+    Args:
+        view: of a checkpoint.
+        dtype: what all sides' weights are rounded to.
     """
-    nbytes = math.prod(shape) * dtype.itemsize
-    if nbytes >= LARGE and hasattr(mmap, "MADV_HUGEPAGE"):  # Linux
-        pages = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        pages.madvise(mmap.MADV_HUGEPAGE)
-        return np.ndarray(shape, dtype, pages)
-    memory = np.empty(nbytes + CACHE_LINE, np.uint8)
-    start = -memory.ctypes.data % CACHE_LINE
-    return memory[start : start + nbytes].view(dtype).reshape(shape)
+
+    def __init__(self, view: View, dtype: Precision):
+        self._view, self._dtype = view, DTYPES[dtype]
+        self._rounded = Rounded(view, dtype)
+        self._last: str | None = None
+
+    def __getitem__(self, name: str) -> Array:
+        if self._last is not None:
+            self._view.release(self._last)
+        self._last = name
+        if all(np.can_cast(stored, self._dtype) for stored in self._view.sources(name).values()):
+            array = self._view[name]
+            if array.strides[-1] == array.itemsize:
+                return array
+        return self._rounded[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._view)
+
+    def __len__(self) -> int:
+        return len(self._view)
 
 
 @dataclass(frozen=True, slots=True)
