@@ -110,6 +110,8 @@ class Ran(NamedTuple):
 
     result: dict[str, Any]
     seconds: float
+    cpu_seconds: float
+    """Of all threads; on a busy machine what says more than the time that went by."""
     peak_bytes: int
 
 
@@ -133,7 +135,7 @@ def run(path: Path, dtype: Precision, *options: str) -> Ran:
     result = json.loads(found.read_text()) if found.exists() else {"error": "no result"}
     if result["error"]:
         raise click.ClickException(f"{' '.join(command)}: exit code {process.returncode}, {result['error']}")
-    return Ran(result, seconds, usage.ru_maxrss * 1024)
+    return Ran(result, seconds, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024)
 
 
 WHOLE = """
@@ -178,14 +180,15 @@ def read_from_disk(file: Path) -> float:
     return time.perf_counter() - started
 
 
-def describe(ran: Ran, dtype: Precision, layers: int, read_seconds: float) -> str:
-    worst = max(p["margin"] or 0 for p in ran.result["points"] if p["decides"])
+def describe(ran: Ran, dtype: Precision, layers: int) -> str:
+    """Say what came out and what it took, in all and for each block and walk."""
+    worst = max(point["margin"] or 0.0 for point in ran.result["points"] if point["decides"])
     blocks = len(WALKS[dtype]) * layers
     sides = ", ".join(f"{side} {cost['seconds'] / blocks:.1f}" for side, cost in ran.result["cost"].items())
     return (
-        f"verdict {ran.result['verdict']}, worst margin {worst:.2f}; peak RSS {ran.peak_bytes / 1e9:.2f} GB of "
-        f"{MOST_BYTES[dtype] / 1e9:.0f}; {ran.seconds:.0f} s, {ran.seconds / blocks:.1f} s per block and walk "
-        f"({sides}), {ran.seconds / blocks / (read_seconds / layers):.1f} x reading its bytes from disk"
+        f"{dtype}, {layers} layers: verdict {ran.result['verdict']}, worst margin {worst:.2f}; "
+        f"peak RSS {ran.peak_bytes / 1e9:.2f} GB of {MOST_BYTES[dtype] / 1e9:.0f}; {ran.seconds:.0f} s; per block and "
+        f"walk {ran.seconds / blocks:.1f} s ({sides}), {ran.cpu_seconds / blocks:.1f} of the CPU"
     )
 
 
@@ -203,34 +206,23 @@ def written(path: Path, config: MixtralConfig) -> Path:
 
 def measure_run(path: Path, dtype: Precision, layers: int) -> bool:
     file = path / "model.safetensors"
-    read_seconds, size = read_from_disk(file), file.stat().st_size / 1e9
-    click.echo(
-        f"{layers} layers, {size:.1f} GB; read from disk in {read_seconds:.0f} s, {size / read_seconds:.2f} GB/s"
-    )
+    size, read_seconds = file.stat().st_size / 1e9, read_from_disk(file)
     ran = run(path, dtype)
-    click.echo(f"{dtype}: {describe(ran, dtype, layers, read_seconds)}")
+    times = ran.seconds / len(WALKS[dtype]) / read_seconds
+    click.echo(f"{describe(ran, dtype, layers)}; {times:.1f} x reading its {size:.1f} GB from disk")
     for point in ran.result["points"]:
         if point["verdict"] == "unchecked":
             click.echo(f"  {point['mode']} {point['point']}: unchecked, {point['reason']}")
     return ran.result["verdict"] == "pass" and ran.peak_bytes <= MOST_BYTES[dtype]
 
 
-def measure_fewer(path: Path, dtype: Precision, layers: int) -> bool:
-    ran = run(path, dtype)
-    click.echo(f"{dtype}, {layers} layers: verdict {ran.result['verdict']}, peak RSS {ran.peak_bytes / 1e9:.2f} GB")
-    return bool(ran.result["verdict"] == "pass")
-
-
-def measure_fault(path: Path, dtype: Precision) -> bool:
+def measure_fault(path: Path, dtype: Precision, layers: int) -> bool:
     ran = run(path, dtype, "--flax-side", "benchmarks.stream:faulty")
     first, causes = ran.result["first_divergence"], ran.result["causes"]
     named = ", ".join(f"{cause['fault']} in layer {cause['layer']}" for cause in causes)
-    click.echo(
-        f"{dtype}, {FAULT} in layer {FAULTY_LAYER}: verdict {ran.result['verdict']}, first divergence {first}, "
-        f"cause {named or 'none'}; peak RSS {ran.peak_bytes / 1e9:.2f} GB, {ran.seconds:.0f} s"
-    )
+    click.echo(f"{describe(ran, dtype, layers)}; {FAULT} in layer {FAULTY_LAYER}: first divergence {first}, {named}")
     placed = ran.result["verdict"] == "fail" and first["layer"] == FAULTY_LAYER
-    return placed and causes[0]["fault"] == FAULT and ran.peak_bytes <= MOST_BYTES[dtype]
+    return placed and [cause["fault"] for cause in causes[:1]] == [FAULT] and ran.peak_bytes <= MOST_BYTES[dtype]
 
 
 def measure_whole(path: Path, dtype: Precision) -> bool:
@@ -261,9 +253,9 @@ def main(work: Path, layers: int, fewer: int, only: tuple[str, ...], dtype: tupl
         if "run" in wanted:
             good &= measure_run(checkpoint(work, layers), one, layers)
         if "fewer" in wanted:
-            good &= measure_fewer(checkpoint(work, fewer), one, fewer)
+            good &= measure_run(checkpoint(work, fewer), one, fewer)
         if "fault" in wanted:
-            good &= measure_fault(checkpoint(work, layers), one)
+            good &= measure_fault(checkpoint(work, layers), one, layers)
         if "whole" in wanted:
             good &= measure_whole(written(work / "whole", MixtralConfig(**WHOLE_SHAPE)), one)
     if not keep:
