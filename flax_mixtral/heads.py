@@ -1,7 +1,7 @@
 """The models that users build: the language model, the bare one, and three classification heads."""
 
 from pathlib import Path
-from typing import NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
@@ -47,18 +47,20 @@ class MixtralOutput(NamedTuple):
     cache: KVCache | None = None
 
 
-class _Pretrained(nnx.Module):
-    """Reading and writing, the same for every head."""
+class _Model(nnx.Module):
+    """What every model is: a decoder, a head or none, and the way to and from files.
+
+    Args:
+        config: its `architecture` must be the class's.
+        dtype: of all parameters.
+        rngs: draws the initial ones.
+        experts: the backend, see `experts.choose_backend`.
+    """
 
     architecture: Architecture
 
     def __init__(
-        self,
-        config: MixtralConfig,
-        *,
-        dtype: jnp.dtype = jnp.float32,
-        rngs: nnx.Rngs,
-        experts: Choice = "auto",
+        self, config: MixtralConfig, *, dtype: jnp.dtype = jnp.float32, rngs: nnx.Rngs, experts: Choice = "auto"
     ):
         if config.architecture != self.architecture:
             raise ConfigError(
@@ -66,6 +68,15 @@ class _Pretrained(nnx.Module):
                 f"build flax_mixtral.MODELS[{config.architecture!r}], or set `architecture`"
             )
         self.config = config
+        self._build(config, dtype, rngs, experts)
+
+    def _build(self, config: MixtralConfig, dtype: jnp.dtype, rngs: nnx.Rngs, experts: Choice) -> None:
+        """Make the decoder, then the head: the order in which parameters are drawn."""
+        self.model = Decoder(config, dtype=dtype, rngs=rngs, experts=experts)
+        self._build_head(config, dtype, rngs)
+
+    def _build_head(self, config: MixtralConfig, dtype: jnp.dtype, rngs: nnx.Rngs) -> None:
+        raise NotImplementedError
 
     @classmethod
     def from_pretrained(
@@ -98,63 +109,6 @@ class _Pretrained(nnx.Module):
         """Write config.json and flax_model.safetensors, as mixtral-convert does."""
         pretrained.save(self, self.config, path)
 
-    def _output(self, trace: DecoderTrace, logits: jax.Array | None, attention_mask: jax.Array | None) -> MixtralOutput:
-        given = (trace.router_logits, self.config.num_experts_per_tok, attention_mask)
-        aux_loss = apply_part(load_balancing_loss, *given, static=(1,))
-        hidden_states = (*trace.stream_BTD, trace.final_norm_BTD)
-        return MixtralOutput(logits, hidden_states, trace.router_logits, aux_loss, trace.cache)
-
-
-def _arrays(
-    input_ids: ArrayLike, attention_mask: ArrayLike | None, position_ids: ArrayLike | None
-) -> tuple[jax.Array, jax.Array | None, jax.Array | None]:
-    mask_BT = None if attention_mask is None else jnp.asarray(attention_mask)
-    return jnp.asarray(input_ids), mask_BT, None if position_ids is None else jnp.asarray(position_ids)
-
-
-class MixtralModel(Decoder, _Pretrained):
-    """Mixtral without a head."""
-
-    architecture = "MixtralModel"
-
-    def __init__(
-        self,
-        config: MixtralConfig,
-        *,
-        dtype: jnp.dtype = jnp.float32,
-        rngs: nnx.Rngs,
-        experts: Choice = "auto",
-    ):
-        _Pretrained.__init__(self, config, dtype=dtype, rngs=rngs, experts=experts)
-        Decoder.__init__(self, config, dtype=dtype, rngs=rngs, experts=experts)
-
-    def __call__(  # type: ignore[override]  # the decoder's trace becomes the users' output
-        self,
-        input_ids: ArrayLike,
-        attention_mask: ArrayLike | None = None,
-        position_ids: ArrayLike | None = None,
-        cache: KVCache | None = None,
-        key: jax.Array | None = None,
-    ) -> MixtralOutput:
-        """See `Mixtral.__call__`; `logits` is None."""
-        ids_BT, mask_BT, position_BT = _arrays(input_ids, attention_mask, position_ids)
-        return self._output(Decoder.__call__(self, ids_BT, mask_BT, position_BT, cache, key), None, mask_BT)
-
-
-class _Headed(_Pretrained):
-    """A decoder under `model`, and a head on its output."""
-
-    def __init__(
-        self,
-        config: MixtralConfig,
-        *,
-        dtype: jnp.dtype = jnp.float32,
-        rngs: nnx.Rngs,
-        experts: Choice = "auto",
-    ):
-        super().__init__(config, dtype=dtype, rngs=rngs, experts=experts)
-        self.model = Decoder(config, dtype=dtype, rngs=rngs, experts=experts)
-
     def __call__(
         self,
         input_ids: ArrayLike,
@@ -176,33 +130,49 @@ class _Headed(_Pretrained):
             key: PRNG key of a training step: turns on the configured attention dropout and router jitter.
 
         Returns:
-            Logits and what led to them, in the parameters' dtype.
+            Logits (None from the bare model) and what led to them, in the parameters' dtype.
 
         Source: transformers 5.23, modeling_mixtral.py and modeling_layers.py.
         """
-        ids_BT, mask_BT, position_BT = _arrays(input_ids, attention_mask, position_ids)
-        trace = self.model(ids_BT, mask_BT, position_BT, cache, key)
-        return self._output(trace, apply_part(type(self).head, self, trace.final_norm_BTD, ids_BT), mask_BT)
+        ids_BT = jnp.asarray(input_ids)
+        mask_BT = None if attention_mask is None else jnp.asarray(attention_mask)
+        position_BT = None if position_ids is None else jnp.asarray(position_ids)
+        trace = self._decode(ids_BT, mask_BT, position_BT, cache, key)
+        logits = apply_part(type(self).head, self, trace.final_norm_BTD, ids_BT)
+        routed = (trace.router_logits, self.config.num_experts_per_tok, mask_BT)
+        aux_loss = apply_part(load_balancing_loss, *routed, static=(1,))
+        hidden_states = (*trace.stream_BTD, trace.final_norm_BTD)
+        return MixtralOutput(logits, hidden_states, trace.router_logits, aux_loss, trace.cache)
 
-    def head(self, x_BTD: jax.Array, input_ids: jax.Array) -> jax.Array:
+    def _decode(self, *inputs: Any) -> DecoderTrace:
+        return self.model(*inputs)
+
+    def head(self, x_BTD: jax.Array, input_ids: jax.Array) -> jax.Array | None:
         """Apply the head to the final norm's output."""
         raise NotImplementedError
 
 
-class Mixtral(_Headed):
+class MixtralModel(_Model, Decoder):  # type: ignore[misc]  # called, it gives users their output and not the trace
+    """Mixtral without a head: its parameters lie at the top, as in transformers' files, and not under `model`."""
+
+    architecture = "MixtralModel"
+
+    def _build(self, config: MixtralConfig, dtype: jnp.dtype, rngs: nnx.Rngs, experts: Choice) -> None:
+        Decoder.__init__(self, config, dtype=dtype, rngs=rngs, experts=experts)
+
+    def _decode(self, *inputs: Any) -> DecoderTrace:
+        return Decoder.__call__(self, *inputs)
+
+    def head(self, x_BTD: jax.Array, input_ids: jax.Array) -> None:
+        """Give nothing."""
+
+
+class Mixtral(_Model):
     """Mixtral as a language model (transformers' MixtralForCausalLM)."""
 
     architecture = "MixtralForCausalLM"
 
-    def __init__(
-        self,
-        config: MixtralConfig,
-        *,
-        dtype: jnp.dtype = jnp.float32,
-        rngs: nnx.Rngs,
-        experts: Choice = "auto",
-    ):
-        super().__init__(config, dtype=dtype, rngs=rngs, experts=experts)
+    def _build_head(self, config: MixtralConfig, dtype: jnp.dtype, rngs: nnx.Rngs) -> None:
         if not config.tie_word_embeddings:
             shape_DV = (config.hidden_size, config.vocab_size)
             self.lm_head = Projection(shape_DV, std=config.initializer_range, dtype=dtype, rngs=rngs)
@@ -214,26 +184,29 @@ class Mixtral(_Headed):
         return project("BTD,DV->BTV", x_BTD, self.lm_head.kernel[...])
 
 
-class MixtralForSequenceClassification(_Headed):
+def _classes(config: MixtralConfig, dtype: jnp.dtype, rngs: nnx.Rngs, *, bias: bool) -> Projection:
+    """Make a head of num_labels classes."""
+    D, C = config.hidden_size, config.num_labels
+    return Projection((D, C), std=config.initializer_range, bias=(C,) if bias else None, dtype=dtype, rngs=rngs)
+
+
+def _classify(x_BTD: jax.Array, head: Projection) -> jax.Array:
+    """Score every token: [B, T, C]."""
+    scores_BTC = project("BTD,DC->BTC", x_BTD, head.kernel[...])
+    return scores_BTC if head.bias is None else scores_BTC + head.bias[...]
+
+
+class MixtralForSequenceClassification(_Model):
     """Mixtral with one set of class logits per sequence, read at its last token that is not padding."""
 
     architecture = "MixtralForSequenceClassification"
 
-    def __init__(
-        self,
-        config: MixtralConfig,
-        *,
-        dtype: jnp.dtype = jnp.float32,
-        rngs: nnx.Rngs,
-        experts: Choice = "auto",
-    ):
-        super().__init__(config, dtype=dtype, rngs=rngs, experts=experts)
-        shape_DC = (config.hidden_size, config.num_labels)
-        self.score = Projection(shape_DC, std=config.initializer_range, dtype=dtype, rngs=rngs)
+    def _build_head(self, config: MixtralConfig, dtype: jnp.dtype, rngs: nnx.Rngs) -> None:
+        self.score = _classes(config, dtype, rngs, bias=False)
 
     def head(self, x_BTD: jax.Array, input_ids: jax.Array) -> jax.Array:
         """Score every token and keep the rightmost one whose id is not pad_token_id."""
-        scores_BTC = project("BTD,DC->BTC", x_BTD, self.score.kernel[...])
+        scores_BTC = _classify(x_BTD, self.score)
         if self.config.pad_token_id is None:
             if input_ids.shape[0] != 1:
                 raise ValueError(
@@ -246,50 +219,30 @@ class MixtralForSequenceClassification(_Headed):
         return jnp.take_along_axis(scores_BTC, last_B11, axis=1)[:, 0]
 
 
-class MixtralForTokenClassification(_Headed):
+class MixtralForTokenClassification(_Model):
     """Mixtral with class logits for every token."""
 
     architecture = "MixtralForTokenClassification"
 
-    def __init__(
-        self,
-        config: MixtralConfig,
-        *,
-        dtype: jnp.dtype = jnp.float32,
-        rngs: nnx.Rngs,
-        experts: Choice = "auto",
-    ):
-        super().__init__(config, dtype=dtype, rngs=rngs, experts=experts)
-        D, C = config.hidden_size, config.num_labels
-        bias_C = (C,) if config.token_classification_bias else None
-        self.score = Projection((D, C), std=config.initializer_range, bias=bias_C, dtype=dtype, rngs=rngs)
+    def _build_head(self, config: MixtralConfig, dtype: jnp.dtype, rngs: nnx.Rngs) -> None:
+        self.score = _classes(config, dtype, rngs, bias=config.token_classification_bias)
 
     def head(self, x_BTD: jax.Array, input_ids: jax.Array) -> jax.Array:
         """Score every token."""
-        scores_BTC = project("BTD,DC->BTC", x_BTD, self.score.kernel[...])
-        return scores_BTC + self.score.bias[...] if self.config.token_classification_bias else scores_BTC
+        return _classify(x_BTD, self.score)
 
 
-class MixtralForQuestionAnswering(_Headed):
+class MixtralForQuestionAnswering(_Model):
     """Mixtral with two logits for every token: that the answer starts there, and that it ends there."""
 
     architecture = "MixtralForQuestionAnswering"
 
-    def __init__(
-        self,
-        config: MixtralConfig,
-        *,
-        dtype: jnp.dtype = jnp.float32,
-        rngs: nnx.Rngs,
-        experts: Choice = "auto",
-    ):
-        super().__init__(config, dtype=dtype, rngs=rngs, experts=experts)
-        D, C = config.hidden_size, config.num_labels
-        self.qa_outputs = Projection((D, C), std=config.initializer_range, bias=(C,), dtype=dtype, rngs=rngs)
+    def _build_head(self, config: MixtralConfig, dtype: jnp.dtype, rngs: nnx.Rngs) -> None:
+        self.qa_outputs = _classes(config, dtype, rngs, bias=True)
 
     def head(self, x_BTD: jax.Array, input_ids: jax.Array) -> jax.Array:
         """Score every token as start and as end."""
-        return project("BTD,DC->BTC", x_BTD, self.qa_outputs.kernel[...]) + self.qa_outputs.bias[...]
+        return _classify(x_BTD, self.qa_outputs)
 
 
 Model = (

@@ -36,5 +36,4 @@ class Projection(nnx.Module):
         rngs: nnx.Rngs,
     ):
         self.kernel = nnx.Param(nnx.initializers.normal(std)(rngs.params(), shape, dtype))
-        if bias is not None:
-            self.bias = nnx.Param(jnp.zeros(bias, dtype))
+        self.bias = None if bias is None else nnx.Param(jnp.zeros(bias, dtype))
