@@ -198,5 +198,6 @@ class Decoder(nnx.Module):
             x_BTD = trace.resid_out
         if cache is not None:
             cache = cache.written(new, real_tokens((B, T), attention_mask), self.config.sliding_window)
-        final_norm_BTD = apply_part(RMSNorm.__call__, self.final_norm, x_BTD)
+        # The method of the norm that is there: a probe stands in its place when gradients are compared.
+        final_norm_BTD = apply_part(type(self.final_norm).__call__, self.final_norm, x_BTD)
         return DecoderTrace(tuple(stream), final_norm_BTD, tuple(router_logits), cache)
