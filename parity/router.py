@@ -9,8 +9,8 @@ from parity.trace import Array, Batch, Trace
 __all__ = ["Flip", "LayerRouting", "comparable_ids", "compare_routing", "contested", "dense_weights", "rerouted"]
 
 EXCUSED_ERRORS = 4.0
-"""A flip is rounding where the oracle's margin is within so many of the token's calibrated logit errors: 2 left 3 flips
-of 12 correct bfloat16 ports unexcused (the worst at 2.41), 4 leaves none."""
+"""A flip is rounding where the oracle's margin is within so many of the token's calibrated logit errors: two sides that
+are each as wrong as torch reorder two logits that are no farther apart."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -113,8 +113,10 @@ class Court:
         attention: str = ATTENTION,
         experts: str = EXPERTS,
         threads: int | None = None,
+        *,
+        named: bool = True,
     ) -> Result:
-        """Run the walk on a changed port."""
+        """Run the walk on a changed port; `named` says whether causes are looked for."""
         unchanged: Any = self._flax  # FlaxSide answers every call, which the type of what remembers it does not say
         port = change(Port(self.source.config, self._leaves, side=lambda config, weights: unchanged))
         differences: list[Difference] = compare_configs(self.source.config, port.config)
@@ -127,7 +129,9 @@ class Court:
         walk = Walk(self.source.config, sides, self.batches, dtype=self.dtype)
         findings = list(walk.run())
         leaves = (self._leaves, port.weights)
-        causes = name_causes(self.source.config, differences, leaves, findings, walk.suspect, self._legacy)
+        causes = (
+            name_causes(self.source.config, differences, leaves, findings, walk.suspect, self._legacy) if named else ()
+        )
         return Result(findings, walk.routing, differences, 0, (), self.dtype, {}, {}, {}, causes)
 
     def continue_prompts(self, change: Callable[[Port], Port]) -> Result:

@@ -1,4 +1,8 @@
-"""Every constant of the verdict and the diagnosis: documented, and measured again in a form that costs little."""
+"""Every constant of the verdict and the diagnosis: documented, and measured again in a form that costs little.
+
+The full form is `python -m benchmarks.margins`; what it last measured is held against docs/tolerances.md here, and one
+part of it runs again, on another seed, among the slow tests.
+"""
 
 import ast
 import importlib
@@ -10,7 +14,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from benchmarks import margins, tables
+from convert import Checkpoint
 from parity import backward, cache_causes, diagnose, fitted, slope, tokens, trace, weight_causes
+from parity.drawn import draw
+from parity.faults import FAULTS
+from parity.inputs import suite
 from parity.metrics import UNIT_ROUNDOFF, margin
 from parity.router import EXCUSED_ERRORS, compare_routing
 from parity.trace import Array, Batch, Trace
@@ -34,7 +43,7 @@ DECIDE = (
 )
 """The modules whose constants decide something."""
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
-PAGE = Path(__file__).parents[2] / "docs" / "tolerances.md"
+ROWS = [margins._row(text) for text in tables.load("margins")]
 
 
 def _figures(name: str) -> list[str]:
@@ -54,7 +63,7 @@ def _figures(name: str) -> list[str]:
 
 
 def test_every_constant_is_on_the_page_with_its_value() -> None:
-    rows = [line for line in PAGE.read_text().splitlines() if line.startswith("| `")]
+    rows = [line for line in tables.PAGE.read_text().splitlines() if line.startswith("| `")]
     for module in DECIDE:
         for name in _figures(module):
             row = next((line for line in rows if line.startswith(f"| `{module}.{name}` |")), None)
@@ -74,6 +83,36 @@ def _written(value: object) -> str:
 def test_a_constant_that_is_not_documented_is_noticed() -> None:
     assert _figures("router") == ["EXCUSED_ERRORS"]
     assert {"MARGIN_LIMIT", "UNEQUAL_LIMIT"} == set(_figures("verdict"))
+
+
+def test_the_tables_are_those_of_the_last_measurement() -> None:
+    assert tables.between("margins") == margins.render(ROWS)
+
+
+def test_nothing_correct_was_accused_and_every_fault_was_found() -> None:
+    assert {row.kind for row in ROWS} == {"control", "fault"}
+    assert [row for row in ROWS if row.kind == "control" and row.verdict != "pass"] == []
+    assert [row for row in ROWS if row.kind == "fault" and row.verdict == "pass"] == []
+
+
+def test_limits_lie_between_what_was_measured() -> None:
+    for name, dtype, controls, faults in margins._parts(ROWS):
+        worst = max(row.margin for row in controls)
+        weakest = min((row.margin for row in margins._alone(faults, "margin")), default=np.inf)
+        assert worst < MARGIN_LIMIT[dtype] < weakest, name
+        alone = [row.unequal for row in margins._alone(faults, "rounding")] if dtype == "bfloat16" else []
+        assert max(row.unequal for row in controls) < UNEQUAL_LIMIT < min(alone, default=np.inf), name
+        assert max(row.flip for row in controls) < EXCUSED_ERRORS, name
+
+
+@pytest.mark.slow
+def test_margins_on_a_seed_that_was_never_used(tmp_path: Path) -> None:
+    source = Checkpoint.open(draw(tmp_path / "drawn", margins.SMALL, seed=7))
+    rows = list(margins._measure(("small", "2 layers", 7), source, suite("quick", margins.SMALL, 7), FAULTS, 1))
+    assert [row for row in rows if (row.verdict == "pass") != (row.kind == "control")] == []
+
+
+# --- the same questions, asked of NumPy -----------------------------------------------------------------------------
 
 
 def _product(x_RD: Array, kernel_DF: Array, *, parts: int) -> Array:
