@@ -45,6 +45,7 @@ class Comparison:
         batches: what the sides are fed.
         dtype: of the run.
         layers: the blocks to compare.
+        follow: see `Walk`.
         detail: how much of torch's trace there is.
         parts: gives the sides of the walk in one dtype.
         too_large: why a side is not run whole in a dtype, by its part.
@@ -60,6 +61,7 @@ class Comparison:
     parts: Callable[[Precision], Parts]
     too_large: Callable[[Precision], Mapping[str, str]]
     steps: Steps
+    follow: bool = False
     detail: Detail = ALL
     read_ahead: Callable[[int], None] = lambda layer: None
     after: Callable[[Mapping[str, Timed], Precision], Iterable[Finding]] = lambda sides, dtype: ()
@@ -85,6 +87,7 @@ class Comparison:
                 self.batches,
                 dtype=dtype,
                 layers=self.layers,
+                follow=self.follow,
                 detail=self.detail,
                 advance=self.steps.advance,
                 read_ahead=self.read_ahead,
@@ -94,7 +97,8 @@ class Comparison:
             outcome.drift += walk.drift
             outcome.suspect = outcome.suspect or walk.suspect
             self.steps.advance("whole models")
-            if dtype == self.dtype and self.complete and self.config.architecture != "MixtralModel":
+            ends = self.complete or (self.follow and self.layers.stop == self.config.num_hidden_layers)
+            if dtype == self.dtype and ends and self.config.architecture != "MixtralModel":
                 reasons = self.too_large(dtype)
                 outcome.findings += compare_whole(self.config, walk, sides["torch"], sides["flax"], reasons)
             outcome.findings += self.after(sides, dtype)
@@ -107,7 +111,8 @@ class Comparison:
         notes = unexercised(self.batches, self.config)
         if not self.complete:
             last = self.config.num_hidden_layers
-            notes.append(f"only layers {self.layers.start}:{self.layers.stop} of {last} were compared, and no head")
+            head = "" if self.follow and self.layers.stop == last else ", and no head"
+            notes.append(f"only layers {self.layers.start}:{self.layers.stop} of {last} were compared{head}")
         if self.detail.tokens is not None:
             notes.append(
                 f"within a block {self.detail.tokens} tokens of each batch were compared, as they were recorded"

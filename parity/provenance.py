@@ -6,12 +6,13 @@ import platform
 import sys
 from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
+from inspect import getsourcefile
 from pathlib import Path
 from typing import Any
 
 from parity.trace import Batch
 
-__all__ = ["environment", "provenance"]
+__all__ = ["code_sha256", "environment", "provenance"]
 
 PACKAGES = ("flax-mixtral", "jax", "jaxlib", "flax", "torch", "transformers", "safetensors", "numpy", "ml_dtypes")
 
@@ -60,6 +61,16 @@ def provenance(
         ],
         "seed": seed,
     }
+
+
+def code_sha256(side: Any) -> str:
+    """Give one hash of all code that a comparison runs here: these packages, and the file that a side is written in."""
+    root = Path(__file__).resolve().parents[1]
+    files = [path for package in ("convert", "flax_mixtral", "parity") for path in (root / package).rglob("*.py")]
+    found = hashlib.sha256()
+    for path in [*sorted(files), Path(getsourcefile(side) or __file__)]:
+        found.update(hashlib.sha256(path.read_bytes()).digest())
+    return found.hexdigest()
 
 
 def _version(package: str) -> str | None:

@@ -1,6 +1,7 @@
 """One run from checkpoints to Result: open, compare weights, walk, run the models whole."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,15 +10,17 @@ from flax_mixtral.config import MixtralConfig
 from parity.backward import compare_gradients
 from parity.cache_causes import cache_causes
 from parity.cast import ATTENTION, EXPERTS, flax_side, oracle_side, recorded_side, torch_side
+from parity.cause import Cause
 from parity.causes import name_causes
-from parity.comparison import Comparison, Parts
+from parity.comparison import Comparison, Outcome, Parts
 from parity.detail import ALL
 from parity.inputs import Suite, suite, words
+from parity.meeting import Meeting, Part
 from parity.memory import too_large
 from parity.metrics import Precision
 from parity.pages import Pages
 from parity.port import FlaxFactory, Port
-from parity.provenance import environment, provenance
+from parity.provenance import code_sha256, environment, provenance
 from parity.read_ahead import ReadAhead
 from parity.recording import Recording
 from parity.result import Result
@@ -49,6 +52,7 @@ def run(
     layers: range | None = None,
     reference: str | Path | None = None,
     side: FlaxFactory | None = None,
+    meeting: Meeting | None = None,
     progress: Progress = lambda step, done, total: None,
 ) -> Result:
     """Compare Flax with PyTorch on one checkpoint, block by block.
@@ -66,10 +70,11 @@ def run(
         layers: the blocks to compare; all, and the head, unless given. Torch runs those before them alone.
         reference: torch's recording, in place of torch; inputs, dtype and layers are those that it was made with.
         side: builds what is tested in place of flax_mixtral: any implementation of `Side`, whole or in part.
+        meeting: of several processes that each compare a range of the layers, see `parity.meeting`.
         progress: called before each step.
 
     Returns:
-        The findings; `verdict` sums them up.
+        The findings; `verdict` sums them up. At a meeting, those of all processes if this is the last one to end.
 
     Raises:
         BadInput: a checkpoint cannot be read, or the two are not the same model.
@@ -86,6 +91,12 @@ def run(
         torch.batches if torch else suite(inputs, source.config, seed) if isinstance(inputs, str) else list(inputs)
     )
     compared = flax is not None or change is not None
+    blocks = _layers(layers, torch, source.config)
+    if meeting is not None:
+        if len(blocks) < source.config.num_hidden_layers:
+            raise BadInput(f"share {meeting.share}: shares are of all layers, not of {blocks.start}:{blocks.stop}")
+        blocks = meeting.layers(len(blocks))
+    last = blocks.stop == source.config.num_hidden_layers or meeting is None
     leaves = (source.view("flax"), port.weights)
     tokens: list[Tokens] = []
     pages = Pages()
@@ -109,22 +120,24 @@ def run(
 
     def after(sides: Mapping[str, Timed], walk_dtype: Precision) -> Iterable[Finding]:
         own: Any = (sides["torch"], sides["flax"], sides["oracle"])
-        for batch in batches if grad else ():
+        for batch in batches if grad and last else ():
             yield from compare_gradients(
                 source.config, sides["torch"], sides["flax"], sides["oracle"], batch, walk_dtype
             )
-        if generate and not (tokens and tokens[-1].failed):
+        if generate and last and not (tokens and tokens[-1].failed):
             tokens.append(compare_tokens(source.config, own, batches, generate, walk_dtype))
             yield from tokens[-1].findings
 
-    hashed = len(leaves[0]) if compared or torch else 0
-    steps = Steps(progress, hashed + 1)
+    hashed = list(leaves[0]) if meeting is None else meeting.leaves(source)
+    hashed = hashed if compared or torch else []
+    steps = Steps(progress, len(hashed) + 1)
     with ReadAhead([source.view("flax"), target.view("flax")]) as read_ahead:
         comparison = Comparison(
             config=source.config,
             batches=batches,
             dtype=dtype,
-            layers=_layers(layers, torch, source.config),
+            layers=blocks,
+            follow=meeting is not None,
             detail=torch.manifest.detail if torch else ALL,
             parts=parts,
             too_large=not_whole,
@@ -135,9 +148,10 @@ def run(
         steps.total += comparison.walks
         hashes: dict[str, str] = {}
         if hashed:
-            hashes, unequal = compare_weights(*leaves, steps.advance)
+            hashes, unequal = compare_weights(*leaves, steps.advance, hashed)
             differences += unequal
-        if torch and (wrong := compare_hashes(torch.manifest.provenance["weights_sha256"], hashes)):
+        recorded = torch.manifest.provenance["weights_sha256"] if torch else {}
+        if wrong := compare_hashes({name: recorded[name] for name in hashes if torch}, hashes):
             raise BadInput(
                 f"{src} is not what {reference} was recorded from: {len(wrong)} of {len(hashes)} weights have other "
                 f"bytes, {wrong[0].name} the first"
@@ -145,23 +159,42 @@ def run(
         outcome = comparison.run()
     steps.advance("diagnosis")
     legacy = AsStored(source.view("hf-legacy"), dtype)
-    causes = name_causes(source.config, differences, leaves, outcome.findings, outcome.suspect, legacy)
-    if not causes and tokens:
-        causes = cache_causes(source.config, legacy, tokens[-1])
-    return Result(
-        causes=causes,
-        findings=outcome.findings,
-        routing=outcome.routing,
-        drift=outcome.drift,
-        tokens={batch.name: batch.input_ids.reshape(-1).tolist() for batch in batches},
-        words=words(Path(src), batches, outcome.drift),
+
+    def causes_of(differences: Sequence[Difference], found: Outcome) -> list[Cause]:
+        return name_causes(source.config, differences, leaves, found.findings, found.suspect, legacy)
+
+    def causes_of_cache() -> list[Cause]:
+        return cache_causes(source.config, legacy, tokens[-1]) if tokens else []
+
+    part = Part(
+        outcome=outcome,
+        hashes=hashes,
         differences=differences,
-        weights_compared=len(hashes) if compared else 0,
-        notes=comparison.notes(outcome),
+        causes=causes_of([], Outcome(suspect=outcome.suspect)) if meeting else [],
+        suspected=outcome.suspect.dtype if outcome.suspect else None,
+        cache_causes=causes_of_cache() if meeting else [],
+    )
+    if meeting is not None:
+        part = meeting.hand_in(_identity(source, target, torch, batches, port, dtype, seed, grad, generate), part)
+        part.outcome.suspect = None  # its causes are known
+        if not meeting.missing:
+            comparison = replace(comparison, layers=range(source.config.num_hidden_layers))
+    found = part.outcome
+    return Result(
+        causes=causes_of(part.differences, found)
+        or (part.causes or part.cache_causes if meeting else causes_of_cache()),
+        findings=found.findings,
+        routing=found.routing,
+        drift=found.drift,
+        tokens={batch.name: batch.input_ids.reshape(-1).tolist() for batch in batches},
+        words=words(Path(src), batches, found.drift),
+        differences=part.differences,
+        weights_compared=len(part.hashes) if compared else 0,
+        notes=[*comparison.notes(found), *(meeting.notes() if meeting else [])],
         dtype=dtype,
         environment={**environment(), "torch_attention": ATTENTION, "torch_experts": EXPERTS},
-        provenance=provenance(src, flax, batches, seed, hashes),
-        cost=outcome.cost,
+        provenance=provenance(src, flax, batches, seed, part.hashes),
+        cost=found.cost,
     )
 
 
@@ -195,3 +228,14 @@ def _same_model(torch: MixtralConfig, flax: MixtralConfig, which: str) -> list[D
         lines = "\n".join(f"  - {d.name}: {d.reason}" for d in other)
         raise BadInput(f"{which} are not the same model:\n{lines}")
     return differences
+
+
+def _identity(
+    source: Checkpoint, target: Checkpoint, torch: Recording | None, batches: Sequence[Batch], port: Port, *options: Any
+) -> list[Any]:
+    """Give all that a part of this run depends on, as JSON."""
+    files = [checkpoint.path / name for checkpoint in (source, target) for name in checkpoint.files.readers]
+    stats = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+    inputs = provenance(source.path, None, batches, 0, {})["inputs"]
+    configs, code = [source.config.to_hf(), port.config.to_hf()], code_sha256(port.side)
+    return [*options, configs, stats, inputs, torch and torch.manifest.fingerprint, environment()["packages"], code]

@@ -44,6 +44,8 @@ class Walk:
         batches: what they are fed.
         dtype: what torch and Flax compute in.
         layers: the blocks to compare; every side enters the first of them with torch's stream.
+        follow: enter it with each side's own stream instead, as a walk through all blocks does: every side runs those
+            before, and nothing is compared there.
         detail: how much of torch's trace there is; the other sides are judged on as much.
         advance: called before each step with what it is, for a progress bar.
         read_ahead: called with a layer before the one before it is run.
@@ -57,6 +59,7 @@ class Walk:
         *,
         dtype: Precision,
         layers: range | None = None,
+        follow: bool = False,
         detail: Detail = ALL,
         advance: Advance = lambda step: None,
         read_ahead: Callable[[int], None] = lambda layer: None,
@@ -64,6 +67,7 @@ class Walk:
         self.config = config
         self.torch, self.flax, self.oracle = (Offered(side) for side in (sides.torch, sides.flax, sides.oracle))
         self.layers = range(config.num_hidden_layers) if layers is None else layers
+        self.follow = follow
         self.detail = detail
         self.judge = Judge(config, dtype, detail)
         self.read_ahead = read_ahead
@@ -77,17 +81,22 @@ class Walk:
 
     def run(self) -> Iterator[Finding]:
         """Walk the model from embedding to losses and give the findings in that order."""
-        self.read_ahead(self.layers.start)
+        first = 0 if self.follow else self.layers.start
+        self.read_ahead(first)
         for batch in self.batches:
             yield from self._enter(batch)
-        for layer in self.layers:
+        for layer in range(first, self.layers.stop):
             self.advance(f"block {layer}")
             self.read_ahead(layer + 1)
             traces = [self.torch.block(layer, stream.torch_BTD, stream.batch) for stream in self.streams]
             self.torch.done(layer)
             for stream, torch in zip(self.streams, traces, strict=True):
-                self._with_lens(self.torch, torch, stream.batch)
-                yield from self._block(layer, stream, torch, last=stream is self.streams[-1])
+                last = stream is self.streams[-1]
+                if layer in self.layers:
+                    self._with_lens(self.torch, torch, stream.batch)
+                    yield from self._block(layer, stream, torch, last=last)
+                else:
+                    self._pass(layer, stream, torch, last=last)
         if self.layers.stop == self.config.num_hidden_layers:
             self.advance("head")
             for stream in self.streams:
@@ -96,12 +105,13 @@ class Walk:
     def _enter(self, batch: Batch) -> Iterator[Finding]:
         """Start a stream at the embedding, or before the first of the layers."""
         flipped_M = np.zeros(batch.input_ids.size, bool)
-        if self.layers.start == 0:
+        if self.layers.start == 0 or self.follow:
             self.advance("embedding")
             torch_BTD, flax_BTD = self.torch.embed(batch), self.flax.embed(batch)
             oracle_BTD = self.oracle.embed(batch)
             self.streams.append(Stream(batch, torch_BTD, _usable(flax_BTD, torch_BTD), oracle_BTD, flipped_M))
-            yield judge_equal("embed", self.judge.place(None, "local", batch), torch_BTD, flax_BTD)
+            if self.layers.start == 0:
+                yield judge_equal("embed", self.judge.place(None, "local", batch), torch_BTD, flax_BTD)
             return
         torch_BTD = self.torch.stream_before(self.layers.start, batch)
         if torch_BTD is None:
@@ -132,6 +142,17 @@ class Walk:
             yield from self._judge_alone(layer, stream, (torch, flax_alone, exact_alone))
         own = self._beside("propagated", layer, batch, (torch, flax[1], exact[1]))
         yield from self.judge.block(layer, "propagated", batch, own, settled=stream.settled)
+        stream.settled &= own.settled
+        self._move_on(layer, stream, own)
+
+    def _pass(self, layer: int, stream: Stream, torch: Trace, *, last: bool) -> None:
+        """Take every side's own stream past a block that is not compared, as `_block` does."""
+        flax = self._flax_block(torch, layer, stream.batch, stream.flax_BTD)
+        oracle = self.oracle.block(layer, stream.oracle_BTD, stream.batch, torch.arrays.get("router_ids"))
+        if last:
+            self.flax.done(layer)
+            self.oracle.done(layer)
+        own = self._beside("propagated", layer, stream.batch, (torch, flax, oracle), lens=False)
         stream.settled &= own.settled
         self._move_on(layer, stream, own)
 
@@ -179,11 +200,14 @@ class Walk:
         forced.arrays.update({name: array for name, array in free.arrays.items() if name in BEFORE_ROUTING})
         return forced
 
-    def _beside(self, mode: Mode, layer: int, batch: Batch, traces: tuple[Trace, Trace, Trace]) -> Compared:
+    def _beside(
+        self, mode: Mode, layer: int, batch: Batch, traces: tuple[Trace, Trace, Trace], *, lens: bool = True
+    ) -> Compared:
         """Put the sides' traces of a block side by side, each with its lens."""
         torch, flax, oracle = traces
-        self._with_lens(self.oracle, oracle, batch)
-        self._with_lens(self.flax, flax, batch)
+        if lens:
+            self._with_lens(self.oracle, oracle, batch)
+            self._with_lens(self.flax, flax, batch)
         routing = self._compare_routing(layer, mode, batch, traces)
         return Compared(traces, routing, settled=routing is not None or not contested(torch, oracle, batch))
 
@@ -197,7 +221,8 @@ class Walk:
         if flax["router_logits"].shape != torch["router_logits"].shape or not comparable_ids(torch, flax):
             return None
         routing = compare_routing(*traces, batch)
-        self.routing[layer, mode, batch.name, self.dtype] = routing
+        if layer in self.layers:
+            self.routing[layer, mode, batch.name, self.dtype] = routing
         return routing
 
     def _with_lens(self, side: Offered, trace: Trace, batch: Batch) -> Trace:

@@ -1,7 +1,7 @@
 """Configuration and weights, compared exactly before any forward."""
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -119,20 +119,24 @@ def compare_configs(torch: MixtralConfig, flax: MixtralConfig) -> list[Differenc
 
 
 def compare_weights(
-    torch: Mapping[str, Array], flax: Mapping[str, Array], advance: Callable[[str], None]
+    torch: Mapping[str, Array],
+    flax: Mapping[str, Array],
+    advance: Callable[[str], None],
+    names: Iterable[str] | None = None,
 ) -> tuple[dict[str, str], list[Difference]]:
-    """Compare every Flax leaf bit for bit.
+    """Compare Flax leaves bit for bit.
 
     Args:
         torch: the source, seen as Flax leaves.
         flax: the converted checkpoint.
         advance: called before each leaf with its path.
+        names: the leaves to compare; all unless given.
 
     Returns:
-        The SHA-256 of each leaf of the source, and the leaves that differ.
+        The SHA-256 of each such leaf of the source, and the leaves that differ.
     """
     hashes, differences = {}, []
-    for name in torch:
+    for name in torch if names is None else names:
         advance(name)
         digest, differing, size = hashlib.sha256(), 0, 0
         dtypes = set[str]()

@@ -1,11 +1,13 @@
 """mixtral-parity run."""
 
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
+from convert.share import SHARE, Share
 from parity.commands.options import FLAX_SIDE, LAYERS, inputs_of
 from parity.commands.progress import progress_bar
 from parity.commands.show import reported, show
@@ -25,6 +27,7 @@ Examples:
   mixtral-parity run torch-checkpoint/ --report report/       write report/report.html and more
   mixtral-parity run torch-checkpoint/ --reference torch.trace   without torch, on what was recorded
   mixtral-parity run torch-checkpoint/ --flax-side my_port:side  a port of your own
+  mixtral-parity run torch-checkpoint/ --report report/ --share 2/4   beside 1/4, 3/4 and 4/4 elsewhere
 
 \b
 Exit codes: 0 pass, 1 parity failed, 2 usage, 3 bad input, 4 not everything could be checked, 5 interrupted.
@@ -60,6 +63,9 @@ Exit codes: 0 pass, 1 parity failed, 2 usage, 3 bad input, 4 not everything coul
     help="Continue the prompts by N greedy tokens too, with the cache on; whole models in memory.",
 )
 @click.option("--layers", type=LAYERS, help="Compare blocks A to B-1 alone; torch runs those before them.")
+@click.option(
+    "--share", type=SHARE, help="Compare the I-th of N ranges of blocks; the last one writes --report for all."
+)
 @click.option("--reference", type=click.Path(path_type=Path), help="Torch's recording, in place of torch.")
 @click.option("--flax-side", type=FLAX_SIDE, help="Another implementation of the side protocol, whole or in part.")
 @click.option(
@@ -85,6 +91,7 @@ def run(
     grad: bool,
     generate: int | None,
     layers: range | None,
+    share: Share | None,
     reference: Path | None,
     flax_side: "FlaxFactory | None",
     report: Path | None,
@@ -97,31 +104,43 @@ def run(
     SRC is a Mixtral checkpoint as transformers reads it. FLAX is the converted one; without it, SRC is mapped to Flax
     in memory.
     """
-    with reported(report), progress_bar(quiet) as progress:
-        inputs = inputs_of(context, src, reference, suite, input_ids, text)
-        if reference is not None:
-            from parity.recording import Recording
-
-            dtype = Recording.open(reference).manifest.dtype
-        from parity.runner import run as run_parity  # after the inputs are known to be good: it loads JAX
-
-        run_again = partial(
-            run_parity,
-            src,
-            flax,
-            dtype=dtype,
-            inputs=inputs,
-            seed=seed,
-            grad=grad,
-            generate=generate or 0,
-            layers=layers,
-            reference=reference,
-            side=flax_side,
-            progress=progress,
+    if share is not None and (report is None or layers is not None or baseline is not None):
+        raise click.UsageError(
+            "--share needs --report DIR, where the shares meet, and excludes --layers and --baseline"
         )
-        result = run_again()
-        if baseline is not None:
-            from parity.noise import with_baseline
+    with ExitStack() as until_shown:
+        # What stops one share is no result of all.
+        with reported(None if share else report), progress_bar(quiet) as progress:
+            inputs = inputs_of(context, src, reference, suite, input_ids, text)
+            if reference is not None:
+                from parity.recording import Recording
 
-            result = with_baseline(result, baseline, lambda change: run_again(change=change))
-    show(result, report, as_json, quiet)
+                dtype = Recording.open(reference).manifest.dtype
+            from parity.runner import run as run_parity  # after the inputs are known to be good: it loads JAX
+
+            met = None
+            if share is not None and report is not None:
+                from parity.meeting import meeting
+
+                met = until_shown.enter_context(meeting(report / "shares", share))
+            run_again = partial(
+                run_parity,
+                src,
+                flax,
+                dtype=dtype,
+                inputs=inputs,
+                seed=seed,
+                grad=grad,
+                generate=generate or 0,
+                layers=layers,
+                reference=reference,
+                side=flax_side,
+                meeting=met,
+                progress=progress,
+            )
+            result = run_again()
+            if baseline is not None:
+                from parity.noise import with_baseline
+
+                result = with_baseline(result, baseline, lambda change: run_again(change=change))
+        show(result, None if met and met.missing else report, as_json, quiet)
