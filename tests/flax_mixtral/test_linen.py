@@ -90,11 +90,31 @@ X = jnp.linspace(-1, 1, 6 * 4).reshape(6, 4)
 CHOSEN = jnp.array([0, 2, 1, 1, 0, 2])
 
 
-def test_the_mistake_is_silent_and_the_tracer_leaves_show_it() -> None:
-    variables = page()["Mistaken"](experts=3, width=4).init(jax.random.key(0), X, CHOSEN)
+@pytest.mark.parametrize("mistake", ["Mistaken", "MistakenCond"])
+def test_the_mistake_is_silent_and_the_tracer_leaves_show_it(mistake: str) -> None:
+    variables = page()[mistake](experts=3, width=4).init(jax.random.key(0), X, CHOSEN)
     assert page()["leaked"](variables)
     with pytest.raises(jax.errors.UnexpectedTracerError):
         jax.tree.map(lambda leaf: leaf + 1, variables)
+
+
+@pytest.mark.parametrize("mistake", ["Mistaken", "MistakenCond"])
+def test_every_token_gets_the_same_expert(mistake: str) -> None:
+    kernel_EDF = jax.random.normal(jax.random.key(0), (3, 4, 4))
+    params = {f"Dense_{number}": {"kernel": kernel_DF} for number, kernel_DF in enumerate(kernel_EDF)}
+    found_MF = page()[mistake](experts=3, width=4).apply({"params": params}, X, CHOSEN)
+    np.testing.assert_allclose(found_MF, X @ kernel_EDF[0], atol=1e-6)
+
+
+def test_a_skip_makes_no_parameters_and_linens_cond_refuses_that() -> None:
+    class Skipping(linen.Module):
+        @linen.compact
+        def __call__(self, x_MD: jax.Array) -> Any:
+            expert = linen.Dense(4)
+            return linen.cond(x_MD.any(), lambda expert, x: expert(x), lambda expert, x: x, expert, x_MD)
+
+    with pytest.raises(TypeError, match="must have the same pytree structure"):
+        Skipping().init(jax.random.key(0), X)
 
 
 def test_a_python_list_cannot_be_indexed_by_a_traced_number() -> None:
@@ -102,8 +122,9 @@ def test_a_python_list_cannot_be_indexed_by_a_traced_number() -> None:
         jax.lax.scan(lambda x, number: (x, [1, 2, 3][number]), 0, jnp.arange(3))
 
 
-def test_the_cure_gives_each_token_its_own_expert() -> None:
-    module = page()["Cured"](experts=3, width=4)
+@pytest.mark.parametrize("cure", ["Cured", "CuredCond"])
+def test_the_cure_gives_each_token_its_own_expert(cure: str) -> None:
+    module = page()[cure](experts=3, width=4)
     variables = module.init(jax.random.key(0), X, CHOSEN)
     assert page()["leaked"](variables) == []
     kernel_EDF = variables["params"]["kernel"]
