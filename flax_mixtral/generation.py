@@ -15,6 +15,7 @@ from jax.typing import ArrayLike
 
 from flax_mixtral.cache import KVCache, init_cache
 from flax_mixtral.heads import Mixtral
+from flax_mixtral.sharding import any_axis_types
 
 __all__ = ["choose", "generate"]
 
@@ -127,6 +128,7 @@ def choose(
 
 
 @partial(jax.jit, donate_argnames="cache")
+@any_axis_types
 def _prefill(
     model: Mixtral, ids_BT: jax.Array, mask_BT: jax.Array, position_BT: jax.Array, cache: KVCache
 ) -> tuple[jax.Array, KVCache]:
@@ -137,6 +139,7 @@ def _prefill(
 
 
 @partial(jax.jit, donate_argnames="cache")
+@any_axis_types
 def _decode(model: Mixtral, ids_B1: jax.Array, position_B1: jax.Array, cache: KVCache) -> tuple[jax.Array, KVCache]:
     """Run one more token of every row."""
     trace = model.model(ids_B1, None, position_B1, cache)

@@ -16,6 +16,7 @@ from flax_mixtral.experts import Choice
 from flax_mixtral.losses import load_balancing_loss
 from flax_mixtral.parts import apply_part
 from flax_mixtral.projection import Projection, project
+from flax_mixtral.sharding import any_axis_types
 
 __all__ = [
     "MODELS",
@@ -109,6 +110,7 @@ class _Model(nnx.Module):
         """Write config.json and flax_model.safetensors, as mixtral-convert does."""
         pretrained.save(self, self.config, path)
 
+    @any_axis_types
     def __call__(
         self,
         input_ids: ArrayLike,

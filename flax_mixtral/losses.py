@@ -5,12 +5,15 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
+from flax_mixtral.sharding import any_axis_types
+
 __all__ = ["causal_lm_loss", "load_balancing_loss"]
 
 IGNORED = -100
 """The label of a token that is not predicted, as in torch's cross entropy."""
 
 
+@any_axis_types
 def causal_lm_loss(logits_BTV: jax.Array, labels_BT: jax.Array) -> jax.Array:
     """Average the cross entropy of each next token.
 

@@ -2,19 +2,21 @@
 
 import math
 from collections.abc import Callable
-from typing import Any
+from functools import wraps
+from typing import Any, TypeVar, cast
 
 import jax
 import numpy as np
 import numpy.typing as npt
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, auto_axes
 
 from flax_mixtral.axes import MESH_AXES, TOKEN_AXES
 from flax_mixtral.config import ConfigError, MixtralConfig
 from flax_mixtral.tree import slots
 
-__all__ = ["batch_spec", "partition_specs", "placed"]
+__all__ = ["any_axis_types", "batch_spec", "partition_specs", "placed"]
 
+Call = TypeVar("Call", bound=Callable[..., Any])
 Part = npt.NDArray[Any]
 Index = tuple[slice, ...]
 
@@ -61,6 +63,31 @@ def _cuts(axes: list[str], mesh: Mesh | jax.sharding.AbstractMesh) -> dict[str, 
 def batch_spec(mesh: Mesh | jax.sharding.AbstractMesh) -> PartitionSpec:
     """Say how a batch's rows are cut: along "data" and "fsdp"."""
     return PartitionSpec(tuple(name for name in TOKEN_AXES if name in mesh.shape))
+
+
+def any_axis_types(call: Call) -> Call:
+    """Let a function that leaves the placing of its arrays to XLA be called on a mesh of explicit axis types, too.
+
+    Its results are then typed as cut along their first axis, as rows of a batch are, where that can be cut, and whole
+    otherwise. On a mesh of auto axis types nothing changes.
+    """
+
+    @wraps(call)
+    def on_mesh(*inputs: Any, **named: Any) -> Any:
+        mesh = jax.sharding.get_abstract_mesh()
+        if AxisType.Explicit not in mesh.axis_types:
+            return call(*inputs, **named)
+        rows = batch_spec(mesh)
+        parts = math.prod(mesh.shape[name] for name in TOKEN_AXES if name in mesh.shape)
+
+        def run(inputs: Any, named: Any) -> Any:
+            return call(*inputs, **named)
+
+        shapes = jax.eval_shape(auto_axes(run, out_sharding=PartitionSpec()), inputs, named)
+        specs = jax.tree.map(lambda leaf: rows if leaf.ndim and leaf.shape[0] % parts == 0 else PartitionSpec(), shapes)
+        return auto_axes(run, out_sharding=specs)(inputs, named)
+
+    return cast(Call, on_mesh)
 
 
 def placed(
