@@ -20,15 +20,15 @@ from benchmarks import tables
 from convert import Checkpoint
 from flax_mixtral.config import MixtralConfig
 from parity import embedded
-from parity.controls import CONTROLS, Control
 from parity.drawn import DEFAULT, draw
-from parity.faults import FAULTS
 from parity.inputs import padded, suite, tokenized
 from parity.metrics import Precision
-from parity.planting import Fault, Scene, planted
 from parity.result import Result
 from parity.router import EXCUSED_ERRORS
-from parity.selftest import Court
+from parity.selftest.controls import CONTROLS, Control
+from parity.selftest.faults import FAULTS
+from parity.selftest.planting import Fault, Scene, planted
+from parity.selftest.trials import Court
 from parity.trace import Batch
 from parity.verdict import MARGIN_LIMIT, UNEQUAL_LIMIT, Finding
 

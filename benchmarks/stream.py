@@ -28,11 +28,11 @@ from convert.io.safetensors import Writer
 from convert.layouts import LAYOUTS
 from flax_mixtral.config import MixtralConfig
 from parity.cast import WALKS
-from parity.faults import FAULTS
 from parity.memory import ROOM
 from parity.metrics import Precision
-from parity.planting import planted
 from parity.port import Port
+from parity.selftest.faults import FAULTS
+from parity.selftest.planting import planted
 from parity.sides import Side
 from parity.trace import Array
 from parity.weights import DTYPES

@@ -16,7 +16,7 @@ from flax_mixtral.config import MixtralConfig
 from parity.gradient_points import KINDS, GradientPoint, gradient_points
 from parity.gradients import Gradients, Losses, training_labels
 from parity.metrics import UNIT_ROUNDOFF, Precision
-from parity.oracle import Oracle
+from parity.oracle.model import Oracle
 from parity.points import Point
 from parity.sides.timed import Timed
 from parity.trace import Array, Batch

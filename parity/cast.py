@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 from convert import BadInput, Checkpoint
 from parity.metrics import Precision
-from parity.oracle import Oracle
+from parity.oracle.model import Oracle
 from parity.pages import Pages
 from parity.port import Port
-from parity.recording import Recording
+from parity.recordings.recording import Recording
 from parity.sides.offered import Nothing
 from parity.sides.remembering import Remembering
 from parity.weights import AsStored, Rounded

@@ -6,11 +6,11 @@ from typing import Any
 
 from flax_mixtral.config import MixtralConfig
 from parity.cast import WALKS
-from parity.causes import Suspect
-from parity.detail import ALL, Detail
+from parity.diagnosis.causes import Suspect
 from parity.drift import Drift
 from parity.inputs import unexercised
 from parity.metrics import Precision
+from parity.recordings.detail import ALL, Detail
 from parity.router import LayerRouting
 from parity.sides.timed import Cost, Timed
 from parity.steps import Steps

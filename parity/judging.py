@@ -6,9 +6,9 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from flax_mixtral.config import MixtralConfig
-from parity.detail import Detail
 from parity.metrics import Precision
 from parity.points import POINTS, Point, block_points, head_points, operation_points
+from parity.recordings.detail import Detail
 from parity.router import LayerRouting, dense_weights
 from parity.stream import Compared
 from parity.trace import Array, Batch, Trace

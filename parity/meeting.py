@@ -18,8 +18,8 @@ from convert import BadInput, Checkpoint
 from convert.share import Share
 from flax_mixtral.tree import slots
 from parity.cast import WALKS
-from parity.cause import Cause
 from parity.comparison import Outcome
+from parity.diagnosis.cause import Cause
 from parity.drift import Drift, WorstToken
 from parity.metrics import Precision
 from parity.router import Flip, LayerRouting

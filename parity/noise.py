@@ -5,9 +5,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from parity.baseline import Baseline
-from parity.controls import CONTROLS
 from parity.port import Port
 from parity.result import Result
+from parity.selftest.controls import CONTROLS
 
 __all__ = ["BENIGN", "with_baseline"]
 

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from parity.baseline import BaselineDiff
-from parity.cause import Cause
+from parity.diagnosis.cause import Cause
 from parity.drift import Drift
 from parity.gradient_points import backward_depth
 from parity.metrics import Precision

@@ -8,12 +8,11 @@ from typing import Any
 from convert import BadInput, Checkpoint
 from flax_mixtral.config import MixtralConfig
 from parity.backward import compare_gradients
-from parity.cache_causes import cache_causes
 from parity.cast import ATTENTION, EXPERTS, flax_side, oracle_side, recorded_side, torch_side
-from parity.cause import Cause
-from parity.causes import name_causes
 from parity.comparison import Comparison, Outcome, Parts
-from parity.detail import ALL
+from parity.diagnosis.cache_causes import cache_causes
+from parity.diagnosis.cause import Cause
+from parity.diagnosis.causes import name_causes
 from parity.inputs import Suite, suite, words
 from parity.meeting import Meeting, Part
 from parity.memory import too_large
@@ -22,7 +21,8 @@ from parity.pages import Pages
 from parity.port import FlaxFactory, Port
 from parity.provenance import code_sha256, environment, provenance
 from parity.read_ahead import ReadAhead
-from parity.recording import Recording
+from parity.recordings.detail import ALL
+from parity.recordings.recording import Recording
 from parity.result import Result
 from parity.sides.timed import Timed
 from parity.steps import Progress, Steps

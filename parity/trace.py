@@ -55,7 +55,7 @@ class Trace:
     """The arrays of one block (or of the head) by point name.
 
     `rows[e]` are the indices into M, ascending, of the tokens that `expert.{e}.*` hold. `thinned` says that points
-    are held of a sample of tokens alone (`parity.detail`).
+    are held of a sample of tokens alone (`parity.recordings.detail`).
     """
 
     arrays: dict[str, Array] = field(default_factory=dict)

@@ -7,11 +7,11 @@ from typing import Any
 import numpy as np
 
 from flax_mixtral.config import MixtralConfig
-from parity.causes import Suspect
-from parity.detail import ALL, Detail
+from parity.diagnosis.causes import Suspect
 from parity.drift import Drift, compare_logits
 from parity.judging import BEFORE_ROUTING, Judge, blamed
 from parity.metrics import Precision
+from parity.recordings.detail import ALL, Detail
 from parity.router import LayerRouting, comparable_ids, compare_routing, contested, rerouted
 from parity.sides.offered import Offered
 from parity.stream import Compared, Stream

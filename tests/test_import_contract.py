@@ -57,7 +57,7 @@ def test_contract_is_kept() -> None:
         ("convert/planted.py", "import jax.numpy", "convert.planted -> jax"),
         ("convert/io/planted.py", "import orbax", "convert.io.planted -> orbax"),
         ("flax_mixtral/axes.py", "import numpy", "flax_mixtral.axes -> numpy"),
-        ("parity/oracle.py", "import flax_mixtral.rope", "parity.oracle -> flax_mixtral.rope"),
+        ("parity/oracle/model.py", "import flax_mixtral.rope", "parity.oracle.model -> flax_mixtral.rope"),
         ("flax_mixtral/config.py", "import jax", "flax_mixtral.config -> jax"),
     ],
 )

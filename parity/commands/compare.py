@@ -41,7 +41,7 @@ def compare(
     as_json: bool,
 ) -> None:
     """Compare the recording OTHER with torch's recording REFERENCE, as a run on both sides does."""
-    from parity.compare import compare as compare_recordings
+    from parity.recordings.compare import compare as compare_recordings
 
     with reported(report), progress_bar(quiet) as progress:
         result = compare_recordings(reference, other, oracle, checkpoint=checkpoint, progress=progress)

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from parity.inputs import Suite
     from parity.metrics import Precision
     from parity.port import FlaxFactory
-    from parity.recorder import Part
+    from parity.recordings.recorder import Part
 
 __all__ = ["record"]
 
@@ -73,8 +73,8 @@ def record(
     Interrupted, it ends with exit code 5, and --resume goes on.
     """
     inputs = inputs_of(context, checkpoint, reference, suite, input_ids, text)
-    from parity.detail import Detail
-    from parity.recorder import record as record_side
+    from parity.recordings.detail import Detail
+    from parity.recordings.recorder import record as record_side
 
     detail = Detail(tokens, precision == "bfloat16")
     try:

@@ -113,7 +113,7 @@ def run(
         with reported(None if share else report), progress_bar(quiet) as progress:
             inputs = inputs_of(context, src, reference, suite, input_ids, text)
             if reference is not None:
-                from parity.recording import Recording
+                from parity.recordings.recording import Recording
 
                 dtype = Recording.open(reference).manifest.dtype
             from parity.runner import run as run_parity  # after the inputs are known to be good: it loads JAX

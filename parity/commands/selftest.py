@@ -47,9 +47,9 @@ def selftest(
     change which is no fault was taken for one.
     """
     from convert import Checkpoint
-    from parity.courts import hold_courts
     from parity.drawn import draw
-    from parity.selftest import Row, passed, steps, to_json
+    from parity.selftest.courts import hold_courts
+    from parity.selftest.trials import Row, passed, steps, to_json
 
     with tempfile.TemporaryDirectory() as folder, progress_bar() as progress:
         path = checkpoint if checkpoint is not None else draw(Path(folder) / "drawn", seed=seed)

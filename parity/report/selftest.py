@@ -6,7 +6,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from parity.selftest import Absent, Alarm, Row, Trial
+from parity.selftest.trials import Absent, Alarm, Row, Trial
 
 __all__ = ["render"]
 

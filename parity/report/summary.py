@@ -5,7 +5,7 @@ import shlex
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from parity.cause import UNKNOWN, Cause
+from parity.diagnosis.cause import UNKNOWN, Cause
 from parity.points import POINTS
 from parity.result import Divergence, Result
 from parity.verdict import MARGIN_LIMIT, Finding, Verdict

@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 
 from flax_mixtral.config import MixtralConfig
+from parity.diagnosis.replay import BASE_OPS, FLOAT32_POINTS, to_bfloat16
 from parity.metrics import Precision
-from parity.oracle import Ops, Oracle
-from parity.replay import BASE_OPS, FLOAT32_POINTS, to_bfloat16
+from parity.oracle.model import Ops, Oracle
 from parity.trace import Array, Batch, Trace
 from parity.weights import DTYPES
 

@@ -35,7 +35,7 @@ ELSEWHERE = {
     "docs/own-port.md": "tests/parity/test_own_port.py runs it, and holds what is printed to the page",
     "make": "CI itself runs make",
     "pip": "CI itself installs the package",
-    "selftest": "tests/parity/test_faults.py plants the faults, in more than the minutes of a page",
+    "selftest": "tests/parity/selftest/test_faults.py plants the faults, in more than the minutes of a page",
     "examples/finetune.py": "tests/examples/test_finetune.py runs it, by one and by several processes",
     "docs/scaling.md": "tests/flax_mixtral/test_mesh.py runs it, on the devices that it needs",
 }

@@ -20,7 +20,7 @@ from convert import Checkpoint
 from examples.finetune import WEIGHT_DECAY, batch_of
 from parity.gradients import training_labels
 from parity.metrics import UNIT_ROUNDOFF, margin
-from parity.oracle import Oracle
+from parity.oracle.model import Oracle
 from parity.trace import Array, Batch
 from parity.verdict import MARGIN_LIMIT
 from tests.checkpoints import write_checkpoint

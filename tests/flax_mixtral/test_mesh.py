@@ -29,7 +29,7 @@ from flax_mixtral.arrays import arrays_of
 from flax_mixtral.sharding import batch_spec, partition_specs
 from parity.gradients import training_labels
 from parity.metrics import UNIT_ROUNDOFF, Precision, margin
-from parity.oracle import Oracle
+from parity.oracle.model import Oracle
 from parity.trace import Array, Batch
 from parity.verdict import MARGIN_LIMIT
 from tests.checkpoints import write_checkpoint

@@ -12,7 +12,7 @@ import transformers
 from safetensors.torch import load_file
 
 from flax_mixtral.config import MixtralConfig
-from parity.oracle import Oracle
+from parity.oracle.model import Oracle
 from parity.sides.torch_hf import TorchSide
 from parity.trace import Array, Batch
 from tests.checkpoints import SIZES, write_checkpoint

@@ -15,7 +15,7 @@ from parity.decoding import Decoded, continued
 from parity.drawn import DEFAULT, draw
 from parity.inputs import padded
 from parity.metrics import Precision
-from parity.oracle import Oracle
+from parity.oracle.model import Oracle
 from parity.points import block_points, head_points, operation_points
 from parity.sides.narrow import NarrowSide
 from parity.sides.remembering import Remembering

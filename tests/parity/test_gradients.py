@@ -23,7 +23,7 @@ from parity.__main__ import cli
 from parity.backward import compare_gradients
 from parity.gradients import Gradients, Losses, training_labels
 from parity.metrics import UNIT_ROUNDOFF
-from parity.oracle import Oracle
+from parity.oracle.model import Oracle
 from parity.port import Port
 from parity.result import Divergence, Result
 from parity.runner import run

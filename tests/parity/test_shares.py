@@ -19,7 +19,7 @@ from parity.sides.flax import FlaxSide
 from parity.trace import Array, Batch, Trace
 from tests.checkpoints import write_checkpoint
 from tests.convert.edit import edit_tensors
-from tests.parity.test_recordings import said
+from tests.parity.recordings.test_recordings import said
 
 ROOT = Path(__file__).resolve().parents[2]
 LAYERS = 4

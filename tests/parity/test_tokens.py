@@ -11,17 +11,17 @@ import pytest
 
 from convert import Checkpoint
 from flax_mixtral import cache, decoder
-from parity import faulty_cache as wrong
 from parity.__main__ import main
-from parity.cache_causes import cache_causes
 from parity.decoding import Decoded, continuable, continued, in_steps, joined
+from parity.diagnosis.cache_causes import cache_causes
 from parity.inputs import padded
 from parity.metrics import Precision
-from parity.oracle import Oracle
-from parity.planting import Fault, planted
+from parity.oracle.model import Oracle
 from parity.port import Port
 from parity.router import EXCUSED_ERRORS, Flip, LayerRouting
 from parity.runner import run
+from parity.selftest import faulty_cache as wrong
+from parity.selftest.planting import Fault, planted
 from parity.sides.torch_hf import TorchSide
 from parity.tokens import Continuation, Tokens, follow, judge_decoding, judge_tokens
 from parity.trace import Array, Batch

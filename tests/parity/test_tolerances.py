@@ -16,30 +16,31 @@ from hypothesis import strategies as st
 
 from benchmarks import margins, tables
 from convert import Checkpoint
-from parity import backward, cache_causes, diagnose, fitted, slope, tokens, trace, weight_causes
+from parity import backward, tokens, trace
+from parity.diagnosis import cache_causes, diagnose, fitted, slope, weight_causes
 from parity.drawn import draw
-from parity.faults import FAULTS
 from parity.inputs import suite
 from parity.metrics import UNIT_ROUNDOFF, margin
 from parity.router import EXCUSED_ERRORS, compare_routing
+from parity.selftest.faults import FAULTS
 from parity.trace import Array, Batch, Trace
 from parity.verdict import MARGIN_LIMIT, UNEQUAL_LIMIT
 
 DECIDE = (
     "backward",
-    "cache_causes",
-    "diagnose",
-    "fit",
-    "fitted",
+    "diagnosis.cache_causes",
+    "diagnosis.diagnose",
+    "diagnosis.fit",
+    "diagnosis.fitted",
+    "diagnosis.slope",
+    "diagnosis.weight_causes",
     "judging",
     "metrics",
     "router",
-    "selftest",
-    "slope",
+    "selftest.trials",
     "tokens",
     "trace",
     "verdict",
-    "weight_causes",
 )
 """The modules whose constants decide something."""
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
@@ -66,12 +67,13 @@ def test_every_constant_is_on_the_page_with_its_value() -> None:
     rows = [line for line in tables.PAGE.read_text().splitlines() if line.startswith("| `")]
     for module in DECIDE:
         for name in _figures(module):
-            row = next((line for line in rows if line.startswith(f"| `{module}.{name}` |")), None)
-            assert row is not None, f"{module}.{name} is not in docs/tolerances.md"
+            shown_as = f"{module.rpartition('.')[2]}.{name}"
+            row = next((line for line in rows if line.startswith(f"| `{shown_as}` |")), None)
+            assert row is not None, f"{shown_as} is not in docs/tolerances.md"
             value = getattr(importlib.import_module(f"parity.{module}"), name)
             shown = value if isinstance(value, dict) else {"": value}
             for part in shown.values():
-                assert _written(part) in row.split("|")[2], f"{module}.{name} is {part}, the page has {row}"
+                assert _written(part) in row.split("|")[2], f"{shown_as} is {part}, the page has {row}"
 
 
 def _written(value: object) -> str:

@@ -6,7 +6,7 @@ from itertools import product
 from typing import Any
 
 from parity.baseline import BaselineDiff, Regression
-from parity.cause import Cause
+from parity.diagnosis.cause import Cause
 from parity.drift import Drift, WorstToken
 from parity.metrics import Precision
 from parity.result import Result

@@ -14,11 +14,11 @@ import pytest
 from playwright.sync_api import Browser, Page, sync_playwright
 
 from parity import embedded
-from parity.faults import FAULTS
 from parity.inputs import tokenized
-from parity.planting import planted
 from parity.report.folder import write
 from parity.runner import run
+from parity.selftest.faults import FAULTS
+from parity.selftest.planting import planted
 from tests.parity.report.results import RESULTS
 
 CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("chromium-browser")

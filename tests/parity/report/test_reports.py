@@ -12,14 +12,14 @@ import pytest
 import xmlschema
 from rich.console import Console
 
-from parity.faults import FAULTS
-from parity.planting import planted
 from parity.report import html, junit, markdown, terminal
 from parity.report import json as json_report
 from parity.report.figures import charts
 from parity.report.folder import FILES, write
 from parity.result import Result
 from parity.runner import run
+from parity.selftest.faults import FAULTS
+from parity.selftest.planting import planted
 from tests.checkpoints import write_checkpoint
 from tests.parity.report.results import CRASH, FAIL, PASS, RESULTS, finding, large
 

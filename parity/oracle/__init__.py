@@ -1,0 +1,1 @@
+"""The oracle: an independent Mixtral in float64, forward and backward."""

@@ -1,0 +1,1 @@
+"""One side's answers on disk, and the comparison of two of them."""
