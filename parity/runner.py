@@ -1,7 +1,7 @@
 """One run from checkpoints to Result: open, compare weights, walk, run the models whole."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -87,102 +87,33 @@ def run(
         port = change(port)
     differences = _same_model(source.config, port.config, f"{src} and {flax or 'its changed port'}")
     torch = None if reference is None else _reference(reference, source, dtype)
-    batches = (
-        torch.batches if torch else suite(inputs, source.config, seed) if isinstance(inputs, str) else list(inputs)
-    )
-    compared = flax is not None or change is not None
+    if torch is not None:
+        batches: Sequence[Batch] = torch.batches
+    else:
+        batches = suite(inputs, source.config, seed) if isinstance(inputs, str) else list(inputs)
     blocks = _layers(layers, torch, source.config)
     if meeting is not None:
         if len(blocks) < source.config.num_hidden_layers:
             raise BadInput(f"share {meeting.share}: shares are of all layers, not of {blocks.start}:{blocks.stop}")
         blocks = meeting.layers(len(blocks))
-    last = blocks.stop == source.config.num_hidden_layers or meeting is None
-    leaves = (source.view("flax"), port.weights)
-    tokens: list[Tokens] = []
-    pages = Pages()
-
-    def parts(walk_dtype: Precision) -> Parts:
-        pages.give_back()  # another dtype's tensors have other sizes
-        return {
-            "torch": recorded_side(torch, walk_dtype) if torch else torch_side(source, dtype, walk_dtype, pages),
-            "flax": flax_side(port, dtype, walk_dtype, pages),
-            "oracle": oracle_side(source, dtype),
-        }
-
-    def not_whole(walk_dtype: Precision) -> dict[str, str]:
-        pages.give_back()
-        reason = too_large(source.config, walk_dtype)
-        live = {} if reason is None else dict.fromkeys(("torch", "flax"), reason)
-        if torch is None:
-            return live
-        recorded = {"torch": torch.manifest.whole[walk_dtype]} if walk_dtype in torch.manifest.whole else {}
-        return {part: why for part, why in live.items() if part != "torch"} | recorded
-
-    def after(sides: Mapping[str, Timed], walk_dtype: Precision) -> Iterable[Finding]:
-        own: Any = (sides["torch"], sides["flax"], sides["oracle"])
-        for batch in batches if grad and last else ():
-            yield from compare_gradients(
-                source.config, sides["torch"], sides["flax"], sides["oracle"], batch, walk_dtype
-            )
-        if generate and last and not (tokens and tokens[-1].failed):
-            tokens.append(compare_tokens(source.config, own, batches, generate, walk_dtype))
-            yield from tokens[-1].findings
-
-    hashed = list(leaves[0]) if meeting is None else meeting.leaves(source)
-    hashed = hashed if compared or torch else []
+    task = _Task(source, target, port, torch, batches, dtype, blocks, grad, generate, meeting)
+    compared = flax is not None or change is not None
+    hashed = task.leaves if compared or torch else []
     steps = Steps(progress, len(hashed) + 1)
     with ReadAhead([source.view("flax"), target.view("flax")]) as read_ahead:
-        comparison = Comparison(
-            config=source.config,
-            batches=batches,
-            dtype=dtype,
-            layers=blocks,
-            follow=meeting is not None,
-            detail=torch.manifest.detail if torch else ALL,
-            parts=parts,
-            too_large=not_whole,
-            steps=steps,
-            read_ahead=read_ahead,
-            after=after,
-        )
+        comparison = task.comparison(steps, read_ahead)
         steps.total += comparison.walks
-        hashes: dict[str, str] = {}
-        if hashed:
-            hashes, unequal = compare_weights(*leaves, steps.advance, hashed)
-            differences += unequal
-        recorded = torch.manifest.provenance["weights_sha256"] if torch else {}
-        if wrong := compare_hashes({name: recorded[name] for name in hashes if torch}, hashes):
-            raise BadInput(
-                f"{src} is not what {reference} was recorded from: {len(wrong)} of {len(hashes)} weights have other "
-                f"bytes, {wrong[0].name} the first"
-            )
+        hashes, unequal = task.compare_weights(hashed, steps.advance)
         outcome = comparison.run()
     steps.advance("diagnosis")
-    legacy = AsStored(source.view("hf-legacy"), dtype)
-
-    def causes_of(differences: Sequence[Difference], found: Outcome) -> list[Cause]:
-        return name_causes(source.config, differences, leaves, found.findings, found.suspect, legacy)
-
-    def causes_of_cache() -> list[Cause]:
-        return cache_causes(source.config, legacy, tokens[-1]) if tokens else []
-
-    part = Part(
-        outcome=outcome,
-        hashes=hashes,
-        differences=differences,
-        causes=causes_of([], Outcome(suspect=outcome.suspect)) if meeting else [],
-        suspected=outcome.suspect.dtype if outcome.suspect else None,
-        cache_causes=causes_of_cache() if meeting else [],
-    )
+    part = task.part(outcome, hashes, [*differences, *unequal])
     if meeting is not None:
-        part = meeting.hand_in(_identity(source, target, torch, batches, port, dtype, seed, grad, generate), part)
-        part.outcome.suspect = None  # its causes are known
+        part = meeting.hand_in(task.identity(seed), part)
         if not meeting.missing:
             comparison = replace(comparison, layers=range(source.config.num_hidden_layers))
     found = part.outcome
     return Result(
-        causes=causes_of(part.differences, found)
-        or (part.causes or part.cache_causes if meeting else causes_of_cache()),
+        causes=task.causes(part),
         findings=found.findings,
         routing=found.routing,
         drift=found.drift,
@@ -196,6 +127,128 @@ def run(
         provenance=provenance(src, flax, batches, seed, part.hashes),
         cost=found.cost,
     )
+
+
+@dataclass(slots=True)
+class _Task:
+    """What one process compares, and with what; see `run` for the fields."""
+
+    source: Checkpoint
+    target: Checkpoint
+    port: Port
+    torch: Recording | None
+    batches: Sequence[Batch]
+    dtype: Precision
+    blocks: range
+    grad: bool
+    generate: int
+    meeting: Meeting | None
+    pages: Pages = field(default_factory=Pages)
+    tokens: list[Tokens] = field(default_factory=list)
+
+    @property
+    def leaves(self) -> list[str]:
+        """The leaves whose weights this process compares."""
+        return list(self.source.view("flax")) if self.meeting is None else self.meeting.leaves(self.source)
+
+    def comparison(self, steps: Steps, read_ahead: ReadAhead) -> Comparison:
+        """Set up the walks and what follows them."""
+        return Comparison(
+            config=self.source.config,
+            batches=self.batches,
+            dtype=self.dtype,
+            layers=self.blocks,
+            follow=self.meeting is not None,
+            detail=self.torch.manifest.detail if self.torch else ALL,
+            parts=self._parts,
+            too_large=self._too_large,
+            steps=steps,
+            read_ahead=read_ahead,
+            after=self._after,
+        )
+
+    def compare_weights(
+        self, names: Sequence[str], advance: Callable[[str], None]
+    ) -> tuple[dict[str, str], list[Difference]]:
+        """Compare leaves bit for bit, and with those that the reference was recorded from.
+
+        Raises:
+            BadInput: it was recorded from others.
+        """
+        hashes, unequal = compare_weights(self.source.view("flax"), self.port.weights, advance, names)
+        if self.torch is None:
+            return hashes, unequal
+        recorded = self.torch.manifest.provenance["weights_sha256"]
+        if wrong := compare_hashes({name: recorded[name] for name in hashes}, hashes):
+            raise BadInput(
+                f"{self.source.path} is not what {self.torch.path} was recorded from: {len(wrong)} of "
+                f"{len(hashes)} weights have other bytes, {wrong[0].name} the first"
+            )
+        return hashes, unequal
+
+    def part(self, outcome: Outcome, hashes: Mapping[str, str], differences: Sequence[Difference]) -> Part:
+        """Put together what this process found; at a meeting with its causes: no other process has its suspect."""
+        return Part(
+            outcome=outcome,
+            hashes=hashes,
+            differences=differences,
+            causes=self._causes([], Outcome(suspect=outcome.suspect)) if self.meeting else [],
+            suspected=outcome.suspect.dtype if outcome.suspect else None,
+            cache_causes=cache_causes(self.source.config, self._legacy, self.tokens[-1]) if self.tokens else [],
+        )
+
+    def causes(self, part: Part) -> Sequence[Cause]:
+        """Give the surest causes: differences before anything is computed, then a block's, then the cache's."""
+        found = replace(part.outcome, suspect=None) if self.meeting else part.outcome  # the causes of that are known
+        return self._causes(part.differences, found) or part.causes or part.cache_causes
+
+    def identity(self, seed: int) -> list[Any]:
+        """Give all that a part of this run depends on, as JSON."""
+        files = [each.path / name for each in (self.source, self.target) for name in each.files.readers]
+        stats = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+        inputs = provenance(self.source.path, None, self.batches, 0, {})["inputs"]
+        configs, code = [self.source.config.to_hf(), self.port.config.to_hf()], code_sha256(self.port.side)
+        recorded, options = self.torch and self.torch.manifest.fingerprint, [self.dtype, seed, self.grad, self.generate]
+        return [*options, configs, stats, inputs, recorded, environment()["packages"], code]
+
+    @property
+    def _legacy(self) -> AsStored:
+        return AsStored(self.source.view("hf-legacy"), self.dtype)
+
+    def _causes(self, differences: Sequence[Difference], found: Outcome) -> list[Cause]:
+        leaves = (self.source.view("flax"), self.port.weights)
+        return name_causes(self.source.config, differences, leaves, found.findings, found.suspect, self._legacy)
+
+    def _parts(self, walk_dtype: Precision) -> Parts:
+        self.pages.give_back()  # another dtype's tensors have other sizes
+        live = (self.source, self.dtype, walk_dtype, self.pages)
+        return {
+            "torch": recorded_side(self.torch, walk_dtype) if self.torch else torch_side(*live),
+            "flax": flax_side(self.port, self.dtype, walk_dtype, self.pages),
+            "oracle": oracle_side(self.source, self.dtype),
+        }
+
+    def _too_large(self, walk_dtype: Precision) -> dict[str, str]:
+        self.pages.give_back()
+        reason = too_large(self.source.config, walk_dtype)
+        live = {} if reason is None else dict.fromkeys(("torch", "flax"), reason)
+        if self.torch is None:
+            return live
+        whole = self.torch.manifest.whole
+        recorded = {"torch": whole[walk_dtype]} if walk_dtype in whole else {}
+        return {part: why for part, why in live.items() if part != "torch"} | recorded
+
+    def _after(self, sides: Mapping[str, Timed], walk_dtype: Precision) -> Iterable[Finding]:
+        """Compare gradients and tokens: whole models, so of several processes the one that has the head does."""
+        config, last = self.source.config, self.blocks.stop == self.source.config.num_hidden_layers
+        if self.meeting is not None and not last:
+            return
+        own: Any = (sides["torch"], sides["flax"], sides["oracle"])
+        for batch in self.batches if self.grad else ():
+            yield from compare_gradients(config, own[0], own[1], own[2], batch, walk_dtype)
+        if self.generate and not (self.tokens and self.tokens[-1].failed):
+            self.tokens.append(compare_tokens(config, own, self.batches, self.generate, walk_dtype))
+            yield from self.tokens[-1].findings
 
 
 def _reference(path: str | Path, source: Checkpoint, dtype: Precision) -> Recording:
@@ -228,14 +281,3 @@ def _same_model(torch: MixtralConfig, flax: MixtralConfig, which: str) -> list[D
         lines = "\n".join(f"  - {d.name}: {d.reason}" for d in other)
         raise BadInput(f"{which} are not the same model:\n{lines}")
     return differences
-
-
-def _identity(
-    source: Checkpoint, target: Checkpoint, torch: Recording | None, batches: Sequence[Batch], port: Port, *options: Any
-) -> list[Any]:
-    """Give all that a part of this run depends on, as JSON."""
-    files = [checkpoint.path / name for checkpoint in (source, target) for name in checkpoint.files.readers]
-    stats = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
-    inputs = provenance(source.path, None, batches, 0, {})["inputs"]
-    configs, code = [source.config.to_hf(), port.config.to_hf()], code_sha256(port.side)
-    return [*options, configs, stats, inputs, torch and torch.manifest.fingerprint, environment()["packages"], code]
