@@ -2,99 +2,21 @@
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from functools import cache
-from pathlib import Path
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
 from scipy.special import erf  # type: ignore[import-untyped]  # SciPy ships no types
 
-from convert import Checkpoint
-from flax_mixtral import attention, experts, norm, projection, rope
 from flax_mixtral.config import MixtralConfig
-from flax_mixtral.experts import Backend, Kernels
-from parity.diagnosis.cause import Cause
-from parity.diagnosis.diagnose import replay, replay_head, slope
+from parity.diagnosis.diagnose import replay, slope
 from parity.diagnosis.hypotheses import HYPOTHESES
-from parity.inputs import suite
-from parity.metrics import Precision
-from parity.oracle.model import EXACT, Oracle
-from parity.port import Port
-from parity.selftest.faults import FAULTS, Fault, planted
-from parity.sides import Side
+from parity.oracle.model import EXACT
 from parity.sides.flax import FlaxSide
-from parity.sides.torch_hf import TorchSide
-from parity.trace import Array, Batch, Trace
-from parity.weights import Rounded
-from tests.checkpoints import write_checkpoint
-
-LAYER = 2
-"""The guilty one, of twelve: in the order of text, layer 10 stands here."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Scene:
-    """One checkpoint, what the guilty block is fed, and torch's trace of it."""
-
-    config: MixtralConfig
-    raw: dict[str, Any]
-    legacy: Mapping[str, Array]
-    flax_leaves: Mapping[str, Array]
-    batch: Batch
-    x_BTD: Array
-    torch: Trace
-    torch_head: Trace
-    dtype: Precision
-    layer: int
-
-    def fake(self, config: MixtralConfig | None = None, weights: Mapping[str, Array] | None = None, **ops: Any) -> Side:
-        """A Flax side that is NumPy in float32, with faulty operations."""
-        weights = self.legacy if weights is None else weights
-        return Oracle(config or self.config, weights, dataclasses.replace(EXACT, **ops), dtype=np.float32)
-
-    def causes(self, side: Side, **options: Any) -> list[Cause]:
-        trace = side.block(self.layer, self.x_BTD, self.batch)
-        return replay(
-            self.config, self.legacy, self.batch, self.layer, self.x_BTD, self.torch, trace, dtype=self.dtype, **options
-        )
-
-    def head_causes(self, side: Side) -> list[Cause]:
-        trace = side.head(self.x_BTD, self.batch)
-        return replay_head(self.config, self.legacy, self.batch, self.x_BTD, self.torch_head, trace, dtype=self.dtype)
-
-
-@pytest.fixture(scope="module")
-def scene(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Scene]:
-    @cache
-    def make(dtype: Precision = "float32", layer: int = LAYER, ties: bool = False, **overrides: Any) -> Scene:
-        path = tmp_path_factory.mktemp("scene") / "torch"
-        write_checkpoint(path, **{"num_hidden_layers": 12, "sliding_window": 37, **overrides})
-        return _scene(path, dtype, layer, ties)
-
-    return make
-
-
-def _scene(path: Path, dtype: Precision, layer: int, ties: bool) -> Scene:
-    source = Checkpoint.open(path)
-    config = source.config
-    (batch,) = suite("quick", config, 0)
-    legacy, fused = (dict(Rounded(source.view(layout), dtype)) for layout in ("hf-legacy", "hf-fused"))
-    if ties:  # experts 1 and 3 with the same router row
-        for weights, name in ((legacy, "block_sparse_moe.gate"), (fused, "mlp.gate")):
-            router_ED = weights[f"model.layers.{layer}.{name}.weight"].copy()
-            router_ED[3] = router_ED[1]
-            weights[f"model.layers.{layer}.{name}.weight"] = router_ED
-    torch = TorchSide(config, source.raw_config, fused, dtype=dtype)
-    x_BTD = torch.embed(batch)
-    for below in range(min(layer, 2)):
-        x_BTD = torch.block(below, x_BTD, batch)["resid_out"]
-    leaves = Rounded(source.view("flax"), dtype)
-    trace, head = torch.block(layer, x_BTD, batch), torch.head(x_BTD, batch)
-    return Scene(config, source.raw_config, legacy, leaves, batch, x_BTD, trace, head, dtype, layer)
+from parity.trace import Array, Batch
+from tests.parity.diagnosis.scenes import LAYER, Scene
+from tests.parity.diagnosis.test_flax_faults import PATCHES
 
 
 def bfloat16(x: Array) -> Array:
@@ -354,92 +276,6 @@ def test_faults_of_the_head_are_named(scene: Callable[..., Scene]) -> None:
     assert found == {name: [name.split()[0]] for name in sides}
     assert case.head_causes(case.fake()) == []
     assert case.head_causes(FlaxSide(case.config, case.flax_leaves)) == []
-
-
-SIX = (
-    "w1-w3-swapped",
-    "rope-interleaved",
-    "norm-eps",
-    "experts-permuted",
-    "router-not-renormalised",
-    "kv-heads-tiled",
-)
-
-# --- the Flax side itself -------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_correct_port_has_no_cause(scene: Callable[..., Scene], dtype: Precision) -> None:
-    case = scene(dtype)
-    assert case.causes(FlaxSide(case.config, case.flax_leaves)) == []
-
-
-@pytest.mark.parametrize("fault", [fault for fault in FAULTS if fault.slug in SIX], ids=lambda fault: fault.slug)
-def test_faults_planted_in_flax_are_named(scene: Callable[..., Scene], fault: Fault) -> None:
-    case = scene()
-    port = planted(fault, LAYER)(Port(case.config, case.flax_leaves))
-    causes = case.causes(port.side(port.config, port.weights))
-    assert [cause.fault for cause in causes] == [fault.slug], causes
-
-
-def norm_cast_last(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
-    wide = x.astype(jnp.float32)
-    normed = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + eps)
-    return (scale.astype(jnp.float32) * normed).astype(x.dtype)
-
-
-def norm_not_upcast(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
-    return scale * (x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + jnp.asarray(eps, x.dtype)))
-
-
-def attend_low(q: jax.Array, k: jax.Array, v: jax.Array, visible: jax.Array, **rest: Any) -> jax.Array:
-    k, v = (jnp.repeat(x, q.shape[2] // k.shape[2], axis=2) for x in (k, v))
-    # The scale in float32, as torch takes it: the softmax is the one fault.
-    scores = projection.project("BTNH,BSNH->BNTS", q, k).astype(jnp.float32) * q.shape[-1] ** -0.5
-    scores = scores.astype(q.dtype)
-    scores = jnp.where(visible[:, None], scores, jnp.finfo(q.dtype).min)
-    return projection.project("BNTS,BSNH->BTNH", jax.nn.softmax(scores, axis=-1), v)
-
-
-def combine_low(
-    x: jax.Array, weights: jax.Array, ids: jax.Array, kernels: Kernels, hidden_act: str, backend: Backend
-) -> jax.Array:
-    total = jnp.zeros_like(x)
-    for number, (gate, up, down) in enumerate(zip(*kernels, strict=True)):
-        weight = jnp.sum(jnp.where(ids == number, weights, 0), axis=-1, keepdims=True).astype(x.dtype)
-        total = total + weight * experts.expert(x, gate, up, down, hidden_act).down_RD
-    return total
-
-
-original_frequencies = rope.inverse_frequencies
-
-
-def frequencies_low(config: MixtralConfig, length: jax.Array) -> tuple[jax.Array, float]:
-    found, factor = original_frequencies(config, length)
-    return found.astype(jnp.bfloat16).astype(jnp.float32), factor
-
-
-PATCHES: dict[str, tuple[str, Any, str, Any]] = {
-    "norm-cast-order": ("input_norm", norm, "rms_norm", norm_cast_last),
-    "norm-not-upcast": ("input_norm", norm, "rms_norm", norm_not_upcast),
-    "softmax-low-precision": ("attn_context", attention, "attend", attend_low),
-    "combine-low-precision": ("moe_out", experts, "apply_experts", combine_low),
-    "rope-freq-low-precision": ("q_rot", rope, "inverse_frequencies", frequencies_low),
-}
-"""Faults that lose precision, as bfloat16 has them: where they show, and the function they replace."""
-
-
-@pytest.mark.parametrize("slug", PATCHES)
-def test_lost_precision_is_named_in_bfloat16(scene: Callable[..., Scene], slug: str) -> None:
-    case = scene("bfloat16")
-    point, module, name, replacement = PATCHES[slug]
-    fault = Fault(slug=slug, shows=(point,), functions=lambda config: ((getattr(module, name), replacement),))
-    port = planted(fault, LAYER)(Port(case.config, case.flax_leaves))
-    trace = port.side(port.config, port.weights).block(LAYER, case.x_BTD, case.batch)
-    causes = replay(
-        case.config, case.legacy, case.batch, LAYER, case.x_BTD, case.torch, trace, dtype="bfloat16", point=point
-    )
-    assert causes[0].fault == slug, causes
 
 
 # --- what is not in the table ---------------------------------------------------------------------------------------
