@@ -27,7 +27,7 @@ from parity.result import Result
 from parity.router import EXCUSED_ERRORS
 from parity.selftest.controls import CONTROLS, Control
 from parity.selftest.faults import FAULTS
-from parity.selftest.planting import Fault, Scene, planted
+from parity.selftest.planting import Fault, planted
 from parity.selftest.trials import Court
 from parity.trace import Batch
 from parity.verdict import MARGIN_LIMIT, UNEQUAL_LIMIT, Finding
@@ -167,7 +167,7 @@ def _measure(
     for dtype in DTYPES:
         started, rows = time.perf_counter(), 0
         court = Court(source, batches, dtype)
-        scene = Scene(source.config, court.ties(layer))
+        scene = court.scene(layer)
         for control in CONTROLS:
             if control.lacks(scene) is None and not control.cached:
                 rows += 1

@@ -55,9 +55,10 @@ def selftest(
         path = checkpoint if checkpoint is not None else draw(Path(folder) / "drawn", seed=seed)
         Checkpoint.open(path)  # says at once what is wrong with it
         rows: list[Row] = []
+        dtypes = tuple(dict.fromkeys(dtypes))
         total = steps(dtypes)
         progress("first compilations", 0, total)
-        for row in hold_courts(path, dtypes=tuple(dict.fromkeys(dtypes)), inputs=suite, seed=seed):
+        for row in hold_courts(path, dtypes=dtypes, inputs=suite, seed=seed):
             rows.append(row)
             progress(row.slug, len(rows), total)
     rows.sort(key=lambda row: dtypes.index(row.dtype))

@@ -139,8 +139,13 @@ def _other_top_k(config: MixtralConfig) -> MixtralConfig:
     return replace(config, num_experts_per_tok=k - 1 if k > 1 else k + 1)
 
 
+NO_WINDOW_INSTEAD = 16
+"""The window of a fault in a model that has none."""
+
+
 def _other_window(config: MixtralConfig) -> MixtralConfig:
-    return replace(config, sliding_window=16 if config.sliding_window is None else config.sliding_window + 1)
+    window = config.sliding_window
+    return replace(config, sliding_window=NO_WINDOW_INSTEAD if window is None else window + 1)
 
 
 def _other_theta(config: MixtralConfig) -> MixtralConfig:
@@ -163,6 +168,10 @@ OWN_HEAD = Need(
     lambda scene: scene.config.architecture == "MixtralForCausalLM" and not scene.config.tie_word_embeddings,
 )
 MANY_LAYERS = Need("more than 10 layers", lambda scene: scene.config.num_hidden_layers > 10)
+BEYOND_WINDOW = Need(
+    "inputs longer than the window",
+    lambda scene: scene.longest > (scene.config.sliding_window or NO_WINDOW_INSTEAD),
+)
 TIES = Need("router probabilities that tie exactly", lambda scene: scene.ties > 0)
 
 
@@ -232,7 +241,7 @@ ATTENTION = (
         functions=_instead((rope.inverse_frequencies, wrong.frequencies_in_bfloat16)),
     ),
     Fault(slug="padding-positions", shows=("q_rot",), batch=_positions_count_padding),
-    Fault(slug="window-off-by-one", shows=("attn_context",), config=_other_window),
+    Fault(slug="window-off-by-one", shows=("attn_context",), config=_other_window, needs=BEYOND_WINDOW),
     Fault(
         slug="causal-mask-missing",
         shows=("attn_context",),

@@ -39,10 +39,12 @@ class Scene(NamedTuple):
     Args:
         config: the model's.
         ties: tokens of the inputs whose last expert ties exactly, at the layer in question.
+        longest: real tokens of the inputs' longest row.
     """
 
     config: MixtralConfig
     ties: int
+    longest: int
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,6 +13,7 @@ from parity.diagnosis.causes import name_causes
 from parity.inputs import Suite, suite
 from parity.metrics import Precision
 from parity.oracle.model import Oracle
+from parity.points import kind_of
 from parity.port import Port
 from parity.result import Divergence, Result
 from parity.selftest.controls import CONTROLS, Control
@@ -149,9 +150,10 @@ class Court:
         causes = cache_causes(config, self._legacy, tokens)
         return Result(tokens.findings, {}, (), 0, (), self.dtype, {}, {}, {}, causes)
 
-    def ties(self, layer: int) -> int:
-        """Count the tokens whose last expert ties exactly in one layer of the unchanged port."""
-        return sum(compared.ties for key, compared in self._routing.items() if key[:2] == (layer, "local"))
+    def scene(self, layer: int) -> Scene:
+        """Say what a fault of one layer is to be planted into."""
+        ties = sum(compared.ties for key, compared in self._routing.items() if key[:2] == (layer, "local"))
+        return Scene(self.source.config, ties, max(int(batch.real_BT.sum(axis=1).max()) for batch in self.batches))
 
     def _torch_side(self, attention: str = ATTENTION, experts: str = EXPERTS, threads: int | None = None) -> TorchSide:
         return TorchSide(
@@ -194,7 +196,7 @@ def selftest(
     batches = suite(inputs, config, seed)
     for dtype in dtypes:
         court = Court(source, batches, dtype)
-        scene = Scene(config, court.ties(where))
+        scene = court.scene(where)
         for control in controls:
             lacking = control.lacks(scene)
             yield _listen(court, control) if lacking is None else Absent(control.slug, dtype, lacking)
@@ -234,7 +236,7 @@ def _try(court: Court, fault: Fault, where: int, config: MixtralConfig) -> Trial
     result = court.continue_prompts(change) if fault.place == "cache" else court.examine(change)
     first = _first(result)
     found = result.verdict == ("unchecked" if fault.unchecked else "fail")
-    placed = first is not None and first.layer == layer and _kind(first.point) in fault.shows
+    placed = first is not None and first.layer == layer and kind_of(first.point) in fault.shows
     slugs = [cause.fault for cause in result.causes]
     named = slugs[:1] == [fault.slug]
     cause = ", ".join(dict.fromkeys(slugs))
@@ -255,12 +257,6 @@ def _at(result: Result) -> str:
 
 def _worst(result: Result) -> float:
     return 0.0 if result.worst is None or result.worst.margin is None else result.worst.margin
-
-
-def _kind(point: str) -> str:
-    """Take the number out of an expert's point."""
-    parts = point.split(".")
-    return f"expert.{parts[2]}" if parts[0] == "expert" else point
 
 
 def to_json(row: Row) -> dict[str, Any]:

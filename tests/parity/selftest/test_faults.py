@@ -24,6 +24,7 @@ from parity.runner import run
 from parity.selftest.controls import CONTROLS
 from parity.selftest.courts import hold_courts
 from parity.selftest.faults import FAULTS, planted
+from parity.selftest.planting import Scene
 from parity.selftest.trials import Absent, Alarm, Trial, passed, selftest
 from parity.trace import routed
 from tests.checkpoints import write_checkpoint
@@ -107,6 +108,13 @@ def test_a_fault_that_a_model_cannot_have_is_not_planted(checkpoint: Path) -> No
         Absent("layers-sorted-as-strings", "float32", "more than 10 layers"),
         Absent("router-tie-break", "float32", "router probabilities that tie exactly"),
     ]
+
+
+@pytest.mark.parametrize(("window", "shows_from"), [(37, 38), (None, 17)])
+def test_a_window_shows_on_inputs_that_are_longer_alone(window: int | None, shows_from: int) -> None:
+    fault, config = BY_SLUG["window-off-by-one"], replace(DEFAULT, sliding_window=window)
+    assert fault.lacks(Scene(config, ties=0, longest=shows_from - 1)) == "inputs longer than the window"
+    assert fault.lacks(Scene(config, ties=0, longest=shows_from)) is None
 
 
 def test_ties_are_found_where_routers_tie_and_their_order_is_judged(tmp_path: Path) -> None:
