@@ -16,7 +16,7 @@ from convert.casting import cast
 from convert.checkpoint import View
 from convert.transpose import blocks, contiguous
 
-__all__ = ["CACHE_LINE_BYTES", "THREADS", "InMemory"]
+__all__ = ["CACHE_LINE_BYTES", "THREADS", "InMemory", "on_cache_line"]
 
 CACHE_LINE_BYTES = 64
 """Where memory must begin for JAX to take it over instead of copying it."""
@@ -43,7 +43,7 @@ class InMemory(Mapping[str, NDArray[Any]]):
             return mapped
         dtype = self.view.dtype(name) if self.dtype is None else self.dtype
         shape = self.view.shape(name)
-        whole = _on_cache_line(int(np.prod(shape, dtype=object)) * dtype.itemsize)
+        whole = on_cache_line(int(np.prod(shape, dtype=object)) * dtype.itemsize)
         at = 0
         for piece in list(self.view.pieces(name)):  # all at once, so that the system reads ahead
             moves = []
@@ -70,7 +70,8 @@ class InMemory(Mapping[str, NDArray[Any]]):
         contiguous(block if self.dtype is None else cast(block, self.dtype)[0], target)
 
 
-def _on_cache_line(nbytes: int) -> NDArray[np.uint8]:
+def on_cache_line(nbytes: int) -> NDArray[np.uint8]:
+    """Give memory that begins where a cache line does, of whatever content."""
     held = np.empty(nbytes + CACHE_LINE_BYTES, np.uint8)
     start = -held.ctypes.data % CACHE_LINE_BYTES
     return held[start : start + nbytes]

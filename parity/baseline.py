@@ -13,9 +13,10 @@ from typing import Any, NamedTuple
 
 from convert import BadInput
 from parity.metrics import Precision
+from parity.points import kind_of
 from parity.verdict import Finding, Mode
 
-__all__ = ["Baseline", "BaselineDiff", "Key", "Regression", "kind_of"]
+__all__ = ["Baseline", "BaselineDiff", "Key", "Kind", "Regression"]
 
 BASELINE_VERSION = 1
 
@@ -28,6 +29,11 @@ class Key(NamedTuple):
     mode: Mode
     batch: str
     dtype: Precision
+
+    @property
+    def kind(self) -> "Kind":
+        """What remains without the layer, the expert and the batch."""
+        return kind_of(self.point), self.mode, self.dtype
 
 
 Kind = tuple[str, Mode, Precision]
@@ -216,7 +222,7 @@ class Baseline:
 
     def _regressions(self, now: Mapping[Key, float]) -> Iterator[Regression]:
         for key, was in self.margins.items():
-            allowed = max(was, NEGLIGIBLE) * self.noise.get(kind_of(key), 1.0)
+            allowed = max(was, NEGLIGIBLE) * self.noise.get(key.kind, 1.0)
             margin = now.get(key)
             if margin is None or not margin <= allowed * (1 + ROUNDED):
                 yield Regression(*key, was, margin, allowed)
@@ -245,17 +251,6 @@ NEGLIGIBLE = 0.1
 """Margins below a tenth of torch's error, zero among them, count as that: their ratios say nothing."""
 
 
-def kind_of(key: Key) -> Kind:
-    """Drop the layer, the expert and the batch."""
-    parts = key.point.split(".")
-    if parts[0] == "expert":
-        return f"expert.{parts[2]}", key.mode, key.dtype
-    if parts[0] == "grad" and "layers" in parts:
-        at = parts.index("layers")
-        return ".".join(["grad", *parts[at + 2 :]]), key.mode, key.dtype
-    return key.point, key.mode, key.dtype
-
-
 def measure_noise(runs: Sequence[Mapping[Key, float]]) -> dict[Kind, float]:
     """Give for each kind of point the largest ratio between two runs' margins at the same place.
 
@@ -266,7 +261,7 @@ def measure_noise(runs: Sequence[Mapping[Key, float]]) -> dict[Kind, float]:
     for key in runs[0]:
         margins = [max(run[key], NEGLIGIBLE) for run in runs if key in run]
         ratio = max(margins) / min(margins)
-        noise[kind_of(key)] = max(noise.get(kind_of(key), 1.0), ratio)
+        noise[key.kind] = max(noise.get(key.kind, 1.0), ratio)
     return noise
 
 

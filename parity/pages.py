@@ -1,6 +1,6 @@
 """Memory for weights: aligned so that JAX takes it over without a copy, and taken again by the next block.
 
-Imports the standard library and NumPy.
+Imports the standard library, NumPy and convert.memory.
 """
 
 import math
@@ -11,11 +11,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from convert.memory import on_cache_line
 from parity.trace import Array
 
 __all__ = ["Pages"]
 
-CACHE_LINE = 64
 LARGE = 4 << 20
 WASTE = 4
 """A free span more than so many times as large as an array stays whole, for the matrices that it was made for."""
@@ -50,9 +50,7 @@ class Pages:
         """Make an array that begins where a cache line does; its values are whatever is there."""
         nbytes = math.prod(shape) * dtype.itemsize
         if nbytes < LARGE or not hasattr(mmap, "MADV_HUGEPAGE"):  # Linux has it
-            memory = np.empty(nbytes + CACHE_LINE, np.uint8)
-            start = -memory.ctypes.data % CACHE_LINE
-            return memory[start : start + nbytes].view(dtype).reshape(shape)
+            return on_cache_line(nbytes).view(dtype).reshape(shape)
         span = self._span(nbytes + -nbytes % mmap.PAGESIZE)
         array = np.ndarray(shape, dtype, span.mapping, span.start)
         weakref.finalize(array, self._returned.append, span).atexit = False

@@ -3,13 +3,14 @@
 Imports flax_mixtral's neutral modules only.
 """
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
 from flax_mixtral.config import Architecture, MixtralConfig
 
-__all__ = ["POINTS", "Point", "block_points", "head_points", "operation_points"]
+__all__ = ["POINTS", "Point", "block_points", "head_points", "kind_of", "operation_points"]
 
 Place = Literal["embed", "block", "expert", "operation", "head", "whole", "cache"]
 Kind = Literal["arithmetic", "exact", "ids"]
@@ -99,6 +100,11 @@ def head_points(config: MixtralConfig) -> Iterator[tuple[str, Point]]:
     yield from ((point.name, point) for point in _present("head", config))
     if config.architecture == "MixtralForCausalLM":
         yield from ((point.name, point) for point in _present("whole", config))
+
+
+def kind_of(point: str) -> str:
+    """Take the expert's number, or a gradient's layer, out of a point's name: "expert.3.gate" is an "expert.gate"."""
+    return re.sub(r"^expert\.(\d+|{E})\.", "expert.", re.sub(r"^grad\.(model\.)?(layers\.\d+\.)?", "grad.", point))
 
 
 def _present(place: Place, config: MixtralConfig) -> Iterator[Point]:

@@ -14,8 +14,9 @@ from parity.diagnosis.cause import UNKNOWN, Cause
 from parity.diagnosis.change import Change
 from parity.diagnosis.fit import Fit, Gauge
 from parity.diagnosis.hypotheses import HYPOTHESES, Hypothesis
-from parity.diagnosis.replay import BASE_OPS, Block, block_names, kind_of
+from parity.diagnosis.replay import BASE_OPS, Block, block_names
 from parity.diagnosis.slope import slope
+from parity.points import kind_of
 from parity.trace import Array, Batch, Trace
 from parity.verdict import MARGIN_LIMIT
 

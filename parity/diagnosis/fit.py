@@ -5,14 +5,14 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from parity.diagnosis.replay import Block, compute, kind_of
+from parity.diagnosis.replay import Block, compute
 from parity.metrics import UNIT_ROUNDOFF, statistics
-from parity.points import POINTS
+from parity.points import POINTS, kind_of
 from parity.trace import Array, Batch
 
 __all__ = ["NO_FIT", "Fit", "Gauge"]
 
-AXES = {point.name.replace(".{E}", ""): point.axes.split() for point in POINTS}
+AXES = {kind_of(point.name): point.axes.split() for point in POINTS}
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,7 +15,7 @@ from parity.oracle.model import EXACT, Ops, Oracle
 from parity.points import POINTS, block_points
 from parity.trace import Array, Batch, Trace
 
-__all__ = ["BASE_OPS", "Block", "block_names", "compute", "kind_of", "rounded", "to_bfloat16"]
+__all__ = ["BASE_OPS", "Block", "block_names", "compute", "rounded", "to_bfloat16"]
 
 FLOAT32_POINTS = frozenset({"router_probs", "router_ids", "router_weights"})
 """What stays wide in a bfloat16 model."""
@@ -88,11 +88,6 @@ def block_names(config: MixtralConfig) -> Iterator[str]:
             yield from (point.name for point in POINTS if point.place == "operation")
         if name != "lens":
             yield name
-
-
-def kind_of(point: str) -> str:
-    """Give a point's name without the expert's number."""
-    return f"expert.{point.rpartition('.')[2]}" if point.startswith("expert.") else point
 
 
 def _rotated(block: Block, point: str) -> Array:

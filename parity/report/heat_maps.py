@@ -4,8 +4,9 @@ import math
 from collections.abc import Callable, Sequence
 
 from parity.metrics import Precision
+from parity.points import kind_of
 from parity.report.chart import Chart, number
-from parity.report.summary import COLUMNS, MODES, kind_of, verdict_of, worst_of
+from parity.report.summary import COLUMNS, MODES, verdict_of, worst_of
 from parity.result import Result
 from parity.verdict import MARGIN_LIMIT, Finding, Mode
 

@@ -1,12 +1,11 @@
 """What every rendering says alike: the verdict in words, the groups of points, the command that reproduces the run."""
 
-import re
 import shlex
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from parity.diagnosis.cause import UNKNOWN, Cause
-from parity.points import POINTS
+from parity.points import POINTS, kind_of
 from parity.result import Divergence, Result
 from parity.verdict import MARGIN_LIMIT, Finding, Verdict
 
@@ -18,7 +17,6 @@ __all__ = [
     "failures",
     "group_of",
     "headline",
-    "kind_of",
     "place",
     "title",
     "tokens_compared",
@@ -40,7 +38,7 @@ GROUPS = {
 
 GROUP_OF = {point: group for group, points in GROUPS.items() for point in points.split()}
 
-COLUMNS = tuple(point.name.replace(".{E}", "") for point in POINTS)
+COLUMNS = tuple(kind_of(point.name) for point in POINTS)
 """The kinds of points of the forward pass, in the order of computation."""
 
 TITLES: dict[Verdict, str] = {
@@ -59,12 +57,6 @@ MODES = {
     "backward": "in the backward pass",
 }
 """What each mode compares, in words."""
-
-
-def kind_of(point: str) -> str:
-    """Take the expert's number, or the layer's path, out of a point's name."""
-    without_layer = re.sub(r"^grad\.(model\.)?(layers\.\d+\.)?", "grad.", point)
-    return re.sub(r"^expert\.\d+\.", "expert.", without_layer)
 
 
 def group_of(finding: Finding) -> str:

@@ -7,13 +7,13 @@ from typing import Any
 import numpy as np
 
 from convert import BadInput
-from parity.points import POINTS
+from parity.points import POINTS, kind_of
 from parity.sides import Keeping, Operations, Seekable, WholeModel
 from parity.trace import Array, Batch, Trace
 
 __all__ = ["Nothing", "Offered"]
 
-KINDS = frozenset(point.name.replace("expert.{E}.", "expert.") for point in POINTS)
+KINDS = frozenset(kind_of(point.name) for point in POINTS)
 
 
 class Nothing:
@@ -80,8 +80,7 @@ class Offered:
     def _known(self, trace: Trace, call: str) -> Trace:
         """Give the trace as NumPy arrays; refuse names that no point has, which would be left out without a word."""
         for name in trace.arrays:
-            parts = name.split(".")
-            kind = f"expert.{parts[2]}" if parts[0] == "expert" and len(parts) == 3 else name
+            kind = kind_of(name)
             if kind not in KINDS:
                 near = get_close_matches(kind, KINDS, 1)
                 hint = f"; did you mean {near[0]}?" if near else f"; expected one of {', '.join(sorted(KINDS))}"
