@@ -130,7 +130,7 @@ class Baseline:
         dtype: Precision,
         findings: Sequence[Finding],
         benign: Sequence[Sequence[Finding]],
-        environment: Mapping[str, Any],
+        versions: Mapping[str, str | None],
         provenance: Mapping[str, Any],
     ) -> "Baseline":
         """Make the baseline of a run.
@@ -139,7 +139,7 @@ class Baseline:
             dtype: of the run.
             findings: of the run.
             benign: findings of correct variants of Flax on the same inputs.
-            environment: of the run.
+            versions: of what is installed, by package.
             provenance: of the run.
         """
         margins = _margins(findings)
@@ -147,7 +147,7 @@ class Baseline:
             dtype,
             provenance["config_sha256"],
             _input_hashes(provenance),
-            environment["packages"],
+            versions,
             margins,
             measure_noise([margins, *map(_margins, benign)]),
         )
@@ -201,7 +201,7 @@ class Baseline:
         path: Path,
         dtype: Precision,
         findings: Sequence[Finding],
-        environment: Mapping[str, Any],
+        versions: Mapping[str, str | None],
         provenance: Mapping[str, Any],
     ) -> BaselineDiff:
         """Hold a run against the baseline.
@@ -211,7 +211,6 @@ class Baseline:
         """
         self._refuse_others(path, dtype, provenance)
         now = _margins(findings)
-        versions: Mapping[str, str | None] = environment["packages"]
         changed = {
             name: (self.versions.get(name), versions.get(name))
             for name in sorted({*self.versions, *versions})

@@ -33,15 +33,13 @@ def with_baseline(result: Result, path: Path, again: Again) -> Result:
         BadInput: the file is no baseline, or that of another comparison.
     """
     if path.exists():
-        baseline = Baseline.read(path)
-        compared = baseline.compare(path, result.dtype, result.findings, result.environment, result.provenance)
-        return replace(result, baseline=compared)
+        return result.held_to(Baseline.read(path), path)
     if result.verdict != "pass":
         note = f"no baseline was written to {path}: a baseline is a run that passes"
         return replace(result, notes=[*result.notes, note])
     variants = [control for control in CONTROLS if control.slug in BENIGN]
     benign = [again(control.change).findings for control in variants]
-    made = Baseline.of(result.dtype, result.findings, benign, result.environment, result.provenance)
+    made = Baseline.of(result.dtype, result.findings, benign, result.packages, result.provenance)
     made.write(path)
     note = f"wrote the baseline {path}: {len(made.margins)} margins, noise of {len(benign)} correct variants"
     return replace(result, notes=[*result.notes, note])

@@ -3,10 +3,11 @@
 import math
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
-from parity.baseline import BaselineDiff
+from parity.baseline import Baseline, BaselineDiff
 from parity.diagnosis.cause import Cause
 from parity.drift import Drift
 from parity.gradient_points import backward_depth
@@ -83,6 +84,15 @@ class Result:
         """
         return cls([], {}, [], 0, [], "float32", environment(), {"command": sys.argv}, {}, error=error)
 
+    def held_to(self, baseline: Baseline, path: Path) -> "Result":
+        """Give this result beside a baseline, which was read from a file.
+
+        Raises:
+            BadInput: it is that of another comparison.
+        """
+        found = baseline.compare(path, self.dtype, self.findings, self.packages, self.provenance)
+        return replace(self, baseline=found)
+
     @property
     def verdict(self) -> Verdict:
         """Sum up findings and differences."""
@@ -95,6 +105,18 @@ class Result:
     def exit_code(self) -> int:
         """What the command line ends with."""
         return EXIT_CODES[self.verdict]
+
+    @property
+    def packages(self) -> Mapping[str, str | None]:
+        """The versions that computed, by package: torch and transformers on torch's machine, the others on Flax's.
+
+        Raises:
+            KeyError: the run has none.
+        """
+        if "torch" in self.environment:
+            torch, flax = (self.environment[side]["packages"] for side in ("torch", "flax"))
+            return {**flax, **{name: torch[name] for name in ("torch", "transformers")}}
+        return dict(self.environment["packages"])
 
     @property
     def worst(self) -> Finding | None:

@@ -32,12 +32,12 @@ def varied(result: Result, factor: float, point: str | None = None) -> Result:
 
 def baseline_of(result: Result, *benign: Result) -> Baseline:
     findings = [each.findings for each in benign]
-    return Baseline.of(result.dtype, result.findings, findings, result.environment, result.provenance)
+    return Baseline.of(result.dtype, result.findings, findings, result.packages, result.provenance)
 
 
 def compared(baseline: Baseline, result: Result) -> BaselineDiff:
     path = Path("margins.json")
-    return baseline.compare(path, result.dtype, result.findings, result.environment, result.provenance)
+    return baseline.compare(path, result.dtype, result.findings, result.packages, result.provenance)
 
 
 def test_what_is_written_is_read(tmp_path: Path) -> None:
@@ -79,6 +79,13 @@ def test_a_margin_that_is_gone_fails() -> None:
     diff = compared(baseline_of(PASS), fewer)
     assert {(r.point, r.now) for r in diff.regressions} == {("lens", None)}
     assert "not compared any more" in diff.lines[0]
+
+
+def test_versions_are_those_of_each_sides_machine() -> None:
+    elsewhere = {"jax": "0.9.0", "torch": "2.13.0", "transformers": "5.23.0"}
+    here = {"jax": "0.10.2", "torch": None, "transformers": None}
+    recorded = replace(PASS, environment={"torch": {"packages": elsewhere}, "flax": {"packages": here}})
+    assert recorded.packages == {"jax": "0.10.2", "torch": "2.13.0", "transformers": "5.23.0"}
 
 
 def test_changed_versions_are_listed() -> None:

@@ -5,14 +5,18 @@ import json
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 from safetensors import safe_open
 
 from convert import BadInput
+from parity.__main__ import cli
+from parity.baseline import Baseline
 from parity.metrics import Precision
 from parity.recordings.compare import compare
 from parity.recordings.detail import Detail
@@ -75,6 +79,27 @@ def test_compared_recordings_say_what_the_live_run_says(
         run(checkpoint, inputs="quick", reference=torch, side=side),
     ):
         assert said(compared) == said(live)
+
+
+def test_recordings_are_held_to_the_baseline_of_a_run(checkpoint: Path, torch: Path, tmp_path: Path) -> None:
+    live = run(checkpoint, reference=torch)
+    baseline = Baseline.of(live.dtype, live.findings, [], live.packages, live.provenance)
+    record(checkpoint, tmp_path / "flax.trace", "flax", reference=torch)
+    shrunk = replace(baseline, margins={key: margin / 2 for key, margin in baseline.margins.items()})
+    for name, earlier in {"margins.json": baseline, "shrunk.json": shrunk}.items():
+        earlier.write(tmp_path / name)
+
+    def compared(name: str) -> Any:
+        command = ["compare", str(torch), str(tmp_path / "flax.trace"), "--json", "--baseline", str(tmp_path / name)]
+        return CliRunner().invoke(cli, command)
+
+    same, worse, missing = compared("margins.json"), compared("shrunk.json"), compared("nothing.json")
+    assert (same.exit_code, worse.exit_code, missing.exit_code) == (0, 1, 2)
+    found = json.loads(same.stdout)["baseline"]
+    assert (found["compared"], found["regressions"], found["changed"]) == (len(baseline.margins), [], {})
+    grown = {(r["layer"], r["point"]) for r in json.loads(worse.stdout)["baseline"]["regressions"]}
+    assert (1, "attn_out") in grown
+    assert "does not exist" in missing.stderr
 
 
 class Interrupted(FlaxSide):
