@@ -5,6 +5,7 @@ Loaded by pytest wherever the package is installed; nothing heavy is imported be
 
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -46,6 +47,8 @@ def assert_parity(request: pytest.FixtureRequest) -> "Callable[..., Result]":
         from parity.runner import run
 
         result = run(torch_checkpoint, flax_checkpoint, **options)
+        # The command line may have run any number of tests, and a worker of pytest-xdist has none.
+        result = replace(result, provenance={**result.provenance, "command": ["pytest", request.node.nodeid]})
         reports = request.config.getoption("parity_report", None)
         written = None
         if reports is not None:

@@ -28,8 +28,10 @@ def charts(result: Result) -> list[Chart]:
 def _drawn(result: Result) -> Iterator[Chart | None]:
     dtypes = sorted({finding.dtype for finding in result.findings}, key=lambda dtype: dtype != result.dtype)
     for dtype in dtypes:
-        for mode in heat_maps.MODES_DRAWN:
+        for mode in heat_maps.STREAMS:  # two in a row, where there is room: what is local beside what was inherited
             yield heat_maps.margins(result, dtype, mode)
+    for dtype in dtypes:
+        yield heat_maps.margins(result, dtype, "operation")
     for dtype in dtypes:
         for draw in OF_A_DTYPE:
             yield draw(result, dtype)

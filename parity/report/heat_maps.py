@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from parity.metrics import Precision
 from parity.points import kind_of
@@ -10,15 +11,19 @@ from parity.report.summary import COLUMNS, MODES, verdict_of, worst_of
 from parity.result import Result
 from parity.verdict import MARGIN_LIMIT, Finding, Mode
 
-__all__ = ["MODES_DRAWN", "experts", "gradients", "load", "margins"]
+__all__ = ["STREAMS", "experts", "gradients", "load", "margins"]
 
-MODES_DRAWN: tuple[Mode, ...] = ("local", "operation", "propagated")
+STREAMS: tuple[Mode, ...] = ("local", "propagated")
+"""The modes that walk whole blocks."""
 
 FLOOR = -2.0
 """Colours start at a hundredth of the limit, in powers of ten."""
 
 TOP = 1.0
 """And reach at least to ten times the limit."""
+
+MOST_TICKS = 5
+"""Of the scale of colours."""
 
 TOLD = (
     "<b>%{y}, %{x}</b>: %{customdata[3]}<br>margin %{customdata[0]}<br>"
@@ -99,6 +104,7 @@ def _heat_map(
     z = [[_colour(cells.get((row, column), ())) for column in columns] for row in rows]
     marks = [[MARKS[verdict_of(cells.get((row, column), ()))] for column in columns] for row in rows]
     told = [[_told(cells.get((row, column), ())) for column in columns] for row in rows]
+    top = max(TOP, *(value for row in z for value in row if value is not None))
     trace = {
         "type": "heatmap",
         "x": list(columns),
@@ -110,10 +116,10 @@ def _heat_map(
         "hovertemplate": TOLD,
         "hoverongaps": False,
         "zmin": FLOOR,
-        "zmax": max(TOP, *(value for row in z for value in row if value is not None)),
+        "zmax": top,
         "xgap": 1,
         "ygap": 1,
-        "colorbar": {"title": {"text": "margin / limit"}, "thickness": 10, "tickprefix": "10^", "nticks": 5},
+        "colorbar": {"title": {"text": "margin / limit"}, "thickness": 10, **_ticks(top)},
     }
     layout = {
         "height": _height(rows, columns),
@@ -128,6 +134,13 @@ def _heat_map(
     ]
     header = ("block", "point", "margin", "PyTorch's error", "Flax's error", "verdict")
     return Chart(name, section, caption, {"data": [trace], "layout": layout}, header, table)
+
+
+def _ticks(top: float) -> dict[str, Any]:
+    """Label whole powers of ten, the limit among them."""
+    step = math.ceil((top - FLOOR) / MOST_TICKS)
+    powers = [power for power in range(math.ceil(FLOOR), math.floor(top) + 1) if power % step == 0]
+    return {"tickvals": powers, "ticktext": [f"10<sup>{power}</sup>" if power else "1" for power in powers]}
 
 
 def _height(rows: Sequence[str], columns: Sequence[str]) -> int:

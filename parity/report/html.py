@@ -95,7 +95,7 @@ def _in_context(result: Result, batch: str, token: int) -> tuple[str, str]:
         return "", f"token {token}"
     if ids[token] not in result.words:
         return "", f"token {token}, id {ids[token]}"
-    before = "".join(result.words.get(id, "") for id in ids[max(token - CONTEXT, 0) : token])
+    before = "…" * (token > CONTEXT) + "".join(result.words.get(id, "") for id in ids[max(token - CONTEXT, 0) : token])
     return before.replace("\n", "⏎ "), result.words[ids[token]].replace("\n", "⏎")
 
 

@@ -147,7 +147,11 @@ def tokens_compared(result: Result) -> int:
 def command(result: Result) -> str:
     """Give the command line that makes this result again."""
     argv: Sequence[str] = result.provenance.get("command", ())
-    return shlex.join([Path(argv[0]).name, *argv[1:]]) if argv else ""
+    if not argv:
+        return ""
+    program = Path(argv[0])
+    is_package = program.name == "__main__.py"  # python -m gives the file that it found
+    return shlex.join([*(("python", "-m", program.parent.name) if is_package else (program.name,)), *argv[1:]])
 
 
 def environment_rows(result: Result) -> list[tuple[str, str]]:
@@ -176,7 +180,8 @@ def _first_sentence(result: Result, first: Divergence) -> str:
         return f"The first difference is at {place(first.layer, first.point)}."
     limit = MARGIN_LIMIT[found.dtype]
     if found.margin is not None and found.margin > limit:
-        reason = f"Flax is {found.margin:,.3g} times as far from the exact answer as PyTorch, and {limit:g} is allowed"
+        times = float(f"{found.margin:.3g}")  # three digits, and no exponent in a sentence
+        reason = f"Flax is {times:,.12g} times as far from the exact answer as PyTorch, and {limit:g} is allowed"
     else:
         reason = found.reason or "it failed"
     return f"The two part first at {place(first.layer, first.point)}, {MODES[found.mode]}: {reason}."

@@ -67,14 +67,18 @@ def demo(request: pytest.FixtureRequest, checkpoint: Path, tmp_path_factory: pyt
 
 def test_every_comparison_has_its_reports(demo: Path) -> None:
     verdicts = {}
+    commands = set()
     for folder in (demo / "reports").iterdir():
         assert {path.name for path in folder.iterdir()} == FILES.keys()
-        verdicts[folder.name] = json.loads((folder / "result.json").read_text())["verdict"]
+        result = json.loads((folder / "result.json").read_text())
+        verdicts[folder.name] = result["verdict"]
+        commands.add(" ".join(result["provenance"]["command"]))
     assert verdicts == {
         "test_port.py-test_a_right_port": "pass",
         "test_port.py-test_a_wrong_port": "fail",
         "test_port.py-test_a_port_that_shows_a_part": "unchecked",
     }
+    assert "pytest test_port.py::test_a_right_port" in commands
 
 
 def test_a_failure_says_where_by_how_much_and_why_in_ten_lines(demo: Path) -> None:

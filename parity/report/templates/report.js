@@ -14,6 +14,8 @@ function marginScale(trace) {
 
 function coloured(figure) {
   const narrow = window.innerWidth < 520;
+  const mark = colour("--cell-mark");  // none in light: Plotly's choice of white or grey reads well there
+  const roomFor = (columns) => !narrow || window.innerWidth > 36 * columns;
   const lines = [colour("--first"), colour("--second")];
   const data = figure.data.map((trace, number) => {
     if (trace.type !== "heatmap") {
@@ -25,8 +27,8 @@ function coloured(figure) {
       ? [[0, colour("--cell-limit")], [1, colour("--cell-low")]]
       : marginScale(trace);
     return { ...trace, colorscale: scale, showscale: trace.showscale !== false && !narrow,
-             textfont: { size: narrow ? 9 : 11 },
-             text: narrow && isLoad ? [] : trace.text };
+             textfont: { size: narrow ? 9 : 11, ...(mark && !isLoad && { color: mark }) },
+             text: isLoad && !roomFor(trace.x.length) ? [] : trace.text };
   });
   const axis = { gridcolor: colour("--rule"), linecolor: colour("--rule"), zeroline: false, automargin: true,
                  tickfont: { size: narrow ? 9 : 11 } };

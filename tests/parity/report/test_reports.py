@@ -16,6 +16,7 @@ from parity.report import html, junit, markdown, terminal
 from parity.report import json as json_report
 from parity.report.figures import charts
 from parity.report.folder import FILES, write
+from parity.report.summary import command
 from parity.result import Result
 from parity.runner import run
 from parity.selftest.faults import FAULTS
@@ -78,6 +79,12 @@ def test_a_real_result_of_every_mode_is_valid(tmp_path: Path) -> None:
     write(result, tmp_path / "report")
     jsonschema.validate(json.loads((tmp_path / "report" / "result.json").read_text()), json_report.schema())
     JUNIT.validate((tmp_path / "report" / "junit.xml").read_text())
+
+
+def test_the_command_can_be_given_again() -> None:
+    provenance = {"command": ["/lib/parity/__main__.py", "run", "a model/"]}
+    assert command(PASS) == "mixtral-parity run 'the model/' --report report/"
+    assert command(replace(PASS, provenance=provenance)) == "python -m parity run 'a model/'"
 
 
 def objects(schema: Any) -> list[dict[str, Any]]:
