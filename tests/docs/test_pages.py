@@ -1,6 +1,7 @@
 """Every command and every Python block of README and docs: parsed here at once, run under `slow`."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -37,7 +38,7 @@ ELSEWHERE = {
     "pip": "CI itself installs the package",
     "selftest": "tests/parity/selftest/test_faults.py plants the faults, in more than the minutes of a page",
     "examples/finetune.py": "tests/examples/test_finetune.py runs it, by one and by several processes",
-    "docs/scaling.md": "tests/flax_mixtral/test_mesh.py runs it, on the devices that it needs",
+    "docs/scaling.md": "test_the_page_on_scaling_runs, on the devices and as the shares that it names",
 }
 """What does not run here, and where it does."""
 
@@ -77,6 +78,24 @@ def exists(arguments: list[str]) -> bool:
     return module.with_suffix(".py").is_file() or (module / "__main__.py").is_file()
 
 
+def checked(example: Path) -> subprocess.CompletedProcess[str]:
+    """Hold a CI file against the schema of its platform, a copy of which the checker brings."""
+    schema = (
+        ["vendor.gitlab-ci", "--data-transform=gitlab-ci"] if "gitlab" in example.name else ["vendor.github-workflows"]
+    )
+    command = [sys.executable, "-m", "check_jsonschema", "--builtin-schema", *schema, str(example)]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.parametrize(("name", "wrong"), [("github-actions", "runs-on:"), ("gitlab-ci", "script:")])
+def test_a_ci_example_is_what_its_platform_reads(name: str, wrong: str, tmp_path: Path) -> None:
+    example = ROOT / "examples" / f"{name}.yml"
+    assert checked(example).returncode == 0, checked(example).stdout
+    planted = tmp_path / example.name
+    planted.write_text(example.read_text().replace(f" {wrong}", " hidden:"))
+    assert checked(planted).returncode == 1
+
+
 def target_exists(name: str) -> bool:
     return re.search(rf"^{name}:", (ROOT / "Makefile").read_text(), re.MULTILINE) is not None
 
@@ -102,6 +121,26 @@ def test_a_command_that_is_none_is_noticed() -> None:
     assert not target_exists("nothing")
     assert not exists(["-m", "benchmarks.nothing"])
     assert exists(["-m", "parity.embedded"])
+
+
+def lost(text: str, folder: Path) -> list[str]:
+    """List the links and the paths in code that lead to no file."""
+    prose = re.sub(r"^```.*?^```$", "", text, flags=re.DOTALL | re.MULTILINE)
+    links = [link for link in re.findall(r"\]\(([^)\s#]+)", prose) if not link.startswith("http")]
+    paths = re.findall(r"`((?:benchmarks|convert|docs|examples|flax_mixtral|parity|scripts|tests)/[\w./]+)`", prose)
+    return [link for link in links if not (folder / link).exists()] + [
+        path for path in paths if not (ROOT / path).exists()
+    ]
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_link_leads_to_a_file(page: str) -> None:
+    assert lost((ROOT / page).read_text(), (ROOT / page).parent) == []
+
+
+def test_a_link_to_nothing_is_noticed() -> None:
+    text = "[a](convert.md#memory), [b](gone.md), [c](https://jax.dev), `parity/walk.py` and `parity/gone.py`"
+    assert lost(text, ROOT / "docs") == ["gone.md", "parity/gone.py"]
 
 
 @pytest.mark.parametrize("block", PYTHON, ids=lambda block: f"{block.page}-{PYTHON.index(block)}")
@@ -177,6 +216,35 @@ def test_the_python_of_a_page_runs(page: str, place: Path, request: pytest.Fixtu
     for name, function in list(known.items()):
         if name.startswith("test_"):
             function(request.getfixturevalue("assert_parity"))
+
+
+OF_32_DEVICES: dict[str, Any] = {
+    "vocab_size": 104,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "num_local_experts": 8,
+    "num_hidden_layers": 4,
+}
+"""What 8 by 4 devices can share evenly."""
+
+
+@pytest.mark.slow
+def test_the_page_on_scaling_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = "docs/scaling.md"
+    monkeypatch.chdir(tmp_path)
+    write_checkpoint(tmp_path / "mixtral", **OF_32_DEVICES)
+    before = "import numpy as np\ninput_ids = np.arange(3, 15).reshape(2, 6)\n"
+    [block] = blocks(page, "python")
+    code = before + block.text.replace("path/to/mixtral", "mixtral") + "print(len(jax.devices()), logits.shape)"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "XLA_FLAGS": "--xla_force_host_platform_device_count=32"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    assert done.stdout == "32 (2, 6, 104)\n", done.stderr
+    converting, walking = (command for command in SHELL[page] if command.arguments[0] in PROGRAMS)
+    assert ran(converting, monkeypatch) == 0  # so small a model is one file, and all of it the first share's
+    assert walking.arguments[-2:] == ["--share", "1/4"]
+    for share in ("1/4", "2/4", "3/4", "4/4"):
+        assert ran(Command([*walking.arguments[:-1], share], 0), monkeypatch) == 0
+    assert json.loads((tmp_path / "report" / "result.json").read_text())["verdict"] == "pass"
 
 
 @pytest.mark.slow
