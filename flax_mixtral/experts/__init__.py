@@ -11,7 +11,7 @@ import jax
 from flax_mixtral.config import MixtralConfig
 from flax_mixtral.experts.blocks import block_experts
 from flax_mixtral.experts.dense import dense_experts
-from flax_mixtral.experts.one import ExpertTrace, Kernels, expert, weighted
+from flax_mixtral.experts.one import ExpertTrace, Kernels, expert, fastest, weighted
 from flax_mixtral.experts.parallel import parallel_experts
 from flax_mixtral.experts.ragged import ragged_experts
 from flax_mixtral.parts import apply_part
@@ -30,9 +30,6 @@ __all__ = [
 
 Backend = Literal["dense", "blocks", "ragged", "parallel"]
 Choice = Literal["auto", "dense", "blocks", "ragged", "parallel"]
-
-SMALL = 1 << 16
-"""Elements of a kernel up to which masking is faster on a CPU than skipping, and many times faster to compile."""
 
 
 class Apply(Protocol):
@@ -70,9 +67,7 @@ def choose_backend(choice: Choice, config: MixtralConfig) -> Backend:
         raise ValueError(f"experts = {choice!r}: expected one of {', '.join(get_args(Choice))}")
     if choice != "auto":
         return choice
-    if jax.default_backend() != "cpu":
-        return "ragged"
-    return "dense" if config.hidden_size * config.intermediate_size <= SMALL else "blocks"
+    return fastest(config.hidden_size * config.intermediate_size)
 
 
 def apply_experts(

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from flax_mixtral.experts.one import Kernels, expert, places, sum_chosen
 from flax_mixtral.parts import apply_part
 
-__all__ = ["block_experts", "block_sizes", "one_expert"]
+__all__ = ["block_experts", "block_sizes", "block_sum", "one_expert"]
 
 SHARES = (1 / 4, 1 / 2, 3 / 4, 7 / 8, 1, 9 / 8, 5 / 4, 3 / 2, 2)
 """Rows of a block, as shares of what an expert gets on average: dense around it, where most experts are."""
@@ -28,8 +28,24 @@ def block_experts(
     x_MD: jax.Array, weights_MA: jax.Array, ids_MA: jax.Array, kernels: Kernels, hidden_act: str
 ) -> jax.Array:
     """Apply the experts; see `apply_experts`. The kernels are one array per expert."""
+    return block_sum(x_MD, weights_MA, ids_MA, kernels, hidden_act, len(kernels.gate)).astype(x_MD.dtype)
+
+
+def block_sum(
+    x_MD: jax.Array, weights_MA: jax.Array, ids_MA: jax.Array, kernels: Kernels, hidden_act: str, experts: int
+) -> jax.Array:
+    """Sum the weighted outputs in the weights' dtype; the id E is of an expert elsewhere, which has no part in it.
+
+    Args:
+        x_MD: see `apply_experts`.
+        weights_MA: see there.
+        ids_MA: see there, for the E experts that are here.
+        kernels: of those.
+        hidden_act: see there.
+        experts: how many share the tokens, here and elsewhere; blocks have the size of an average expert's part.
+    """
     (M, A), E = ids_MA.shape, len(kernels.gate)
-    sizes = block_sizes(M, M * A / E)
+    sizes = block_sizes(M, M * A / experts)
     C = -(-M // sizes[-1]) * sizes[-1]  # rows of an expert that every token chose
     tokens = apply_part(tokens_of, ids_MA, E, C, static=(1, 2))
     down_ECD = tuple(
@@ -59,8 +75,9 @@ def tokens_of(ids_MA: jax.Array, experts: int, rows: int) -> Tokens:
 def combine(
     down_ECD: tuple[jax.Array, ...], place_MA: jax.Array, ids_MA: jax.Array, weights_MA: jax.Array
 ) -> jax.Array:
-    """Bring the experts' rows back to their tokens, and sum each token's."""
-    down_MAD = jnp.concatenate(down_ECD)[ids_MA * len(down_ECD[0]) + place_MA]
+    """Bring the experts' rows back to their tokens, zeros from elsewhere, and sum each token's."""
+    row_MA = ids_MA * len(down_ECD[0]) + place_MA
+    down_MAD = jnp.concatenate(down_ECD).at[row_MA].get(mode="fill", fill_value=0)
     return sum_chosen(down_MAD, weights_MA)
 
 

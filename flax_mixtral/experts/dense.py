@@ -18,7 +18,7 @@ def dense_experts(
 def masked_sum(
     x_MD: jax.Array, weights_MA: jax.Array, ids_MA: jax.Array, kernels: Kernels, hidden_act: str
 ) -> jax.Array:
-    """Sum the weighted outputs in the weights' dtype; an id that is no expert's here has no part in it."""
+    """Sum the weighted outputs in the weights' dtype; the id E is of an expert elsewhere, which has no part in it."""
 
     def add_expert(sum_MD: jax.Array, row: tuple[jax.Array, ...]) -> tuple[jax.Array, None]:
         number, *kernel = row

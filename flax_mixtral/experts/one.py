@@ -1,7 +1,7 @@
 """One expert, the kernels of all, and the order of tokens by expert: what the backends share."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +9,10 @@ import jax.numpy as jnp
 from flax_mixtral.activations import activate
 from flax_mixtral.projection import project
 
-__all__ = ["ExpertTrace", "Kernels", "expert", "places", "sum_chosen", "weighted"]
+__all__ = ["ExpertTrace", "Kernels", "expert", "fastest", "places", "sum_chosen", "weighted"]
+
+SMALL = 1 << 16
+"""Elements of a kernel up to which masking is faster on a CPU than skipping, and many times faster to compile."""
 
 
 class Kernels(NamedTuple):
@@ -63,20 +66,31 @@ def places(ids_MA: jax.Array, experts: int) -> tuple[jax.Array, jax.Array]:
     """Number each expert's tokens in their order.
 
     Args:
-        ids_MA: the chosen experts.
+        ids_MA: the chosen experts; E stands for all that are elsewhere.
         experts: E.
 
     Returns:
         [M, A], the token's place among those of its expert, from 0; and [E], how many each expert has.
     """
-    hit_RE = jax.nn.one_hot(ids_MA.reshape(-1), experts, dtype=jnp.int32)
-    place_RE = jnp.cumsum(hit_RE, axis=0) - 1
-    place_MA = jnp.take_along_axis(place_RE, ids_MA.reshape(-1, 1), axis=1).reshape(ids_MA.shape)
-    return place_MA, jnp.sum(hit_RE, axis=0)
+    hit_RX = jax.nn.one_hot(ids_MA.reshape(-1), experts + 1, dtype=jnp.int32)  # X: E and elsewhere
+    place_RX = jnp.cumsum(hit_RX, axis=0) - 1
+    place_MA = jnp.take_along_axis(place_RX, ids_MA.reshape(-1, 1), axis=1).reshape(ids_MA.shape)
+    return place_MA, jnp.sum(hit_RX, axis=0)[:experts]
 
 
 def sum_chosen(down_MAD: jax.Array, weights_MA: jax.Array) -> jax.Array:
-    """Sum each token's experts by their weights, in float32, and cast to the outputs' dtype: [M, D]."""
+    """Sum each token's experts by their weights: [M, D] in float32, to be cast once."""
     M, A, D = down_MAD.shape
     weighted_RD = weighted(down_MAD.reshape(M * A, D), weights_MA.reshape(-1))
-    return jnp.sum(weighted_RD.reshape(M, A, D), axis=1).astype(down_MAD.dtype)
+    return jnp.sum(weighted_RD.reshape(M, A, D), axis=1)
+
+
+def fastest(elements: int) -> Literal["dense", "blocks", "ragged"]:
+    """Say which backend is the fastest on one device of the platform that JAX runs on.
+
+    Args:
+        elements: of one kernel of one expert.
+    """
+    if jax.default_backend() != "cpu":
+        return "ragged"
+    return "dense" if elements <= SMALL else "blocks"

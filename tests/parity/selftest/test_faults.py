@@ -13,7 +13,7 @@ from safetensors.numpy import load_file, save_file
 
 from convert import Checkpoint, convert
 from flax_mixtral import experts
-from flax_mixtral.experts import Kernels, parallel
+from flax_mixtral.experts import Kernels, one, parallel
 from flax_mixtral.experts.dense import masked_sum
 from parity.drawn import DEFAULT, draw
 from parity.inputs import suite
@@ -168,7 +168,7 @@ def test_experts_shared_among_eight_devices_are_not_accused(tmp_path: Path, monk
 def test_a_fault_reaches_experts_that_are_compiled_by_themselves(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(experts, "SMALL", 0)  # one array per expert, as on a CPU for a large model
+    monkeypatch.setattr(one, "SMALL", 0)  # one array per expert, as on a CPU for a large model
     source = Checkpoint.open(draw(tmp_path / "drawn", replace(DEFAULT, num_hidden_layers=1)))
     (batch,) = suite("quick", source.config, 0)
     port = Port(source.config, source.view("flax"))
