@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import click
@@ -18,6 +19,7 @@ import yaml
 from flax import linen
 
 import convert.__main__
+import flax_mixtral
 import parity.__main__
 from parity import embedded
 from parity.pytest_plugin import assert_parity
@@ -127,6 +129,7 @@ def lost(text: str, folder: Path) -> list[str]:
     """List the links and the paths in code that lead to no file."""
     prose = re.sub(r"^```.*?^```$", "", text, flags=re.DOTALL | re.MULTILINE)
     links = [link for link in re.findall(r"\]\(([^)\s#]+)", prose) if not link.startswith("http")]
+    links += re.findall(r'(?:src|srcset)="([^"]+)"', prose)
     paths = re.findall(r"`((?:benchmarks|convert|docs|examples|flax_mixtral|parity|scripts|tests)/[\w./]+)`", prose)
     return [link for link in links if not (folder / link).exists()] + [
         path for path in paths if not (ROOT / path).exists()
@@ -139,8 +142,16 @@ def test_every_link_leads_to_a_file(page: str) -> None:
 
 
 def test_a_link_to_nothing_is_noticed() -> None:
-    text = "[a](convert.md#memory), [b](gone.md), [c](https://jax.dev), `parity/walk.py` and `parity/gone.py`"
-    assert lost(text, ROOT / "docs") == ["gone.md", "parity/gone.py"]
+    text = "[a](convert.md#memory) [b](gone.md) [c](https://jax.dev) `parity/walk.py` `parity/gone.py` "
+    text += '<img src="gone.png">'
+    assert lost(text, ROOT / "docs") == ["gone.md", "gone.png", "parity/gone.py"]
+
+
+@pytest.mark.parametrize("package", [convert, flax_mixtral, parity], ids=lambda package: package.__name__)
+def test_the_reference_has_every_public_name(package: ModuleType) -> None:
+    page = (ROOT / "docs" / "api.md").read_text()
+    documented = set(re.findall(r"^\.\. auto\w+:: [\w.]+\.(\w+)$", page, re.MULTILINE))
+    assert set(package.__all__) - documented == set()
 
 
 @pytest.mark.parametrize("block", PYTHON, ids=lambda block: f"{block.page}-{PYTHON.index(block)}")

@@ -119,6 +119,7 @@ def photographed(browser: Browser, folder: Path, name: str, scheme: str, width: 
     page = opened(browser, folder, complaints, **context)
     assert page.evaluate("document.documentElement.scrollWidth") <= width, "the page does not scroll sideways"
     SCREENSHOTS.mkdir(parents=True, exist_ok=True)
+    page.screenshot(path=SCREENSHOTS / f"{name}-{scheme}-{width}-top.png")  # docs/images has two of these
     page.screenshot(path=SCREENSHOTS / f"{name}-{scheme}-{width}.png", full_page=True)
     assert complaints == []
     return page
