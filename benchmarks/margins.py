@@ -176,8 +176,7 @@ def _measure(
             if dtype in fault.dtypes and fault.lacks(scene) is None and fault.place != "cache":
                 last = fault.slug == "hidden-state-after-norm"
                 where = source.config.num_hidden_layers - 1 if last else layer
-                with jax.disable_jit():
-                    result = court.examine(planted(fault, where), named=False)
+                result = court.examine(planted(fault, where), named=False)
                 rows += 1
                 yield _row_of((*which, dtype, "fault", fault.slug), result)
         print(*which, dtype, f"{rows} rows in {time.perf_counter() - started:.0f} s", file=sys.stderr, flush=True)

@@ -3,7 +3,6 @@
 Slugs and order are those of the catalogue in docs/diagnosing.md.
 """
 
-import inspect
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -13,7 +12,6 @@ import numpy as np
 from flax_mixtral import attention, decoder, experts, moe, norm, projection, rope
 from flax_mixtral.config import MixtralConfig
 from flax_mixtral.decoder import DecoderBlock
-from flax_mixtral.experts import blocks
 from parity.metrics import Precision
 from parity.selftest import faulty_cache
 from parity.selftest import faulty_ops as wrong
@@ -351,8 +349,6 @@ RUN_TIME = (
             (projection.project, wrong.project_in_bfloat16),
             (attention.attention_scores, wrong.scores_in_bfloat16),
             (attention.mix_values, wrong.values_in_bfloat16),
-            # Compiled by itself, it would be found as the sound port compiled it.
-            (blocks.one_expert, inspect.unwrap(blocks.one_expert)),
         ),
         dtypes=F32,
     ),

@@ -4,7 +4,6 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
-from itertools import count
 from types import ModuleType
 from typing import Any, Literal, NamedTuple
 from unittest import mock
@@ -12,21 +11,17 @@ from unittest import mock
 import jax
 
 from flax_mixtral.config import MixtralConfig
-from flax_mixtral.experts import expert
 from parity.decoding import Decoded
 from parity.metrics import Precision
 from parity.port import Port
 from parity.sides import Keeping, Operations, Side
-from parity.sides.flax import FlaxSide, run_block
-from parity.sides.flax_operations import block_operations, expert_operations
+from parity.sides.flax import FlaxSide
 from parity.trace import Array, Batch, Trace
 
 __all__ = ["GENERATES", "Fault", "Functions", "Need", "Scene", "Weights", "planted", "replaced"]
 
 Weights = Mapping[str, Array]
 Functions = tuple[tuple[Callable[..., Any], Callable[..., Any]], ...]
-
-NUMBERS = count(1)
 
 
 def _same_leaf(config: MixtralConfig, weights: Weights, leaf: str) -> Array:
@@ -151,22 +146,6 @@ def _holders(original: Callable[..., Any]) -> Iterator[tuple[ModuleType | type, 
             yield module, original.__name__
 
 
-class _FaultySide(FlaxSide):
-    """The Flax side with a fault in every layer."""
-
-    def __init__(self, fault: Fault, config: MixtralConfig, weights: Weights):
-        super().__init__(fault.config(config), weights)
-        if fault.functions(config):
-            # Functions of its own, since jit finds the sound side's compilation by the function.
-            self._run_block = jax.jit(lambda *given: run_block(*given))
-            self._run_expert = jax.jit(
-                lambda x_RD, gate_DF, up_DF, down_FD, hidden_act: expert(x_RD, gate_DF, up_DF, down_FD, hidden_act),
-                static_argnames="hidden_act",
-            )
-            self._run_operations = jax.jit(lambda *given: block_operations(*given))
-            self._run_expert_operations = jax.jit(lambda *given: expert_operations(*given), static_argnums=3)
-
-
 class _PlantedSide(FlaxSide):
     """The Flax side with a fault in one layer, in the head, or in what the whole model is fed.
 
@@ -182,9 +161,17 @@ class _PlantedSide(FlaxSide):
         super().__init__(config, weights)
         self._fault, self._layer, self._sound = fault, layer, sound
         self._functions = fault.functions(config)
-        # Compiled steps of `generate` are found by the model's configuration: each faulty model has one of its own.
-        unlike = replace(config, initializer_range=float(next(NUMBERS))) if fault.place == "cache" else config
-        self._faulty = _FaultySide(fault, unlike, weights)
+        self._faulty = FlaxSide(fault.config(config), weights)
+
+    @contextmanager
+    def _at_work(self) -> Iterator[None]:
+        """Compute as the fault has it, op by op.
+
+        What was compiled of the sound port is then not found in its place, XLA cannot widen a rounding that is planted,
+        and nothing is compiled that runs once.
+        """
+        with replaced(self._functions), jax.disable_jit():
+            yield
 
     def embed(self, batch: Batch) -> Array:
         """See `Side.embed`."""
@@ -196,7 +183,7 @@ class _PlantedSide(FlaxSide):
             return super().block(layer, x_BTD, batch, routing)
         if layer != self._layer:
             return self._sound.block(layer, x_BTD, batch, routing)
-        with replaced(self._functions):
+        with self._at_work():
             trace = self._faulty.block(layer, x_BTD, self._fault.batch(batch), routing)
         self._fault.trace(trace, self._faulty, batch)
         return trace
@@ -215,7 +202,7 @@ class _PlantedSide(FlaxSide):
         if layer != self._layer:
             assert isinstance(self._sound, Operations), f"{self._sound.name} runs no single operations"
             return self._sound.operations(layer, x_BTD, given, batch)
-        with replaced(self._functions):
+        with self._at_work():
             trace = self._faulty.operations(layer, x_BTD, given, self._fault.batch(batch))
         self._fault.trace(trace, self._faulty, batch)
         return trace
@@ -226,19 +213,19 @@ class _PlantedSide(FlaxSide):
             return self._sound.head(x_BTD, batch)
         if self._fault.place != "head":
             return super().head(x_BTD, batch)
-        with replaced(self._functions):
+        with self._at_work():
             return super().head(x_BTD, batch)
 
     def generate(self, batch: Batch, new: int) -> Array:
         """See `Generates.generate`."""
         if self._fault.place != "cache":
             return super().generate(batch, new)
-        with replaced(self._functions):
+        with self._at_work():
             return self._faulty.generate(batch, new)
 
     def decode(self, batch: Batch, ids_BX: Array, routing: Sequence[Array] | None = None) -> Decoded:
         """See `Generates.decode`."""
         if self._fault.place != "cache":
             return super().decode(batch, ids_BX, routing)
-        with replaced(self._functions):
+        with self._at_work():
             return self._faulty.decode(batch, ids_BX, routing)
