@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from benchmarks import margins, tables
+from benchmarks import courts, gates, margins, tables
 from convert import Checkpoint
 from parity import backward, tokens, trace
 from parity.diagnosis import cache_causes, diagnose, fitted, slope, weight_causes
@@ -23,6 +23,7 @@ from parity.inputs import suite
 from parity.metrics import UNIT_ROUNDOFF, margin
 from parity.router import EXCUSED_ERRORS, compare_routing
 from parity.selftest.faults import FAULTS
+from parity.selftest.trials import NAMED_SHARE
 from parity.trace import Array, Batch, Trace
 from parity.verdict import MARGIN_LIMIT, UNEQUAL_LIMIT
 
@@ -89,6 +90,20 @@ def test_a_constant_that_is_not_documented_is_noticed() -> None:
 
 def test_the_tables_are_those_of_the_last_measurement() -> None:
     assert tables.between("margins") == margins.render(ROWS)
+    assert tables.between("gates") == gates.render(tables.load("gates"))
+    assert tables.between("courts") == courts.render(tables.load("courts"))
+
+
+def test_every_court_was_held_and_passed() -> None:
+    rows = tables.load("courts")
+    assert [(row["court"], row["seed"], row["dtype"]) for row in rows] == [
+        (name, str(seed), dtype) for name in courts.COURTS for seed in courts.SEEDS for dtype in courts.DTYPES
+    ]
+    for row in rows:
+        planted, found, placed, named, _, accused = (int(row[kind]) for kind in courts.COUNTS)
+        assert planted == found == placed, row
+        assert named >= NAMED_SHARE * planted, row
+        assert accused == 0, row
 
 
 def test_nothing_correct_was_accused_and_every_fault_was_found() -> None:

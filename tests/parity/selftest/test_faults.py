@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from benchmarks import courts
 from convert import Checkpoint, convert
 from flax_mixtral import experts
 from flax_mixtral.experts import Kernels, one, parallel
@@ -22,7 +23,6 @@ from parity.port import Port
 from parity.result import Divergence
 from parity.runner import run
 from parity.selftest.controls import CONTROLS
-from parity.selftest.courts import hold_courts
 from parity.selftest.faults import FAULTS, planted
 from parity.selftest.planting import Scene
 from parity.selftest.trials import Absent, Alarm, Trial, passed, selftest
@@ -30,13 +30,6 @@ from parity.trace import routed
 from tests.checkpoints import write_checkpoint
 
 LAYERS = 4
-COURTS = {
-    "default": (DEFAULT, False),
-    "twelve-layers": (replace(DEFAULT, num_hidden_layers=12, sliding_window=None), False),
-    "sixteen-experts": (replace(DEFAULT, num_local_experts=16, num_experts_per_tok=4, head_dim=16), False),
-    "exact-ties": (replace(DEFAULT, num_local_experts=6, num_experts_per_tok=3), True),
-}
-"""More than ten layers; many experts, and a square query kernel; exact ties; the default has a window."""
 TIES = replace(DEFAULT, num_hidden_layers=2, num_experts_per_tok=3)
 """Experts tie in pairs: only an odd number of them makes a tie at the last place."""
 SIX = (
@@ -92,12 +85,10 @@ def test_a_quick_part_of_the_selftest(checkpoint: Path, dtype: Precision) -> Non
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", [0, 1, 2])
-@pytest.mark.parametrize("name", COURTS)
-def test_the_whole_selftest(name: str, seed: int, tmp_path: Path) -> None:
-    config, tied_routers = COURTS[name]
-    drawn = draw(tmp_path / "drawn", config, seed=seed, tied_routers=tied_routers)
-    rows = list(hold_courts(drawn, dtypes=("float32", "bfloat16"), inputs="standard", seed=seed))
+@pytest.mark.parametrize("seed", courts.SEEDS)
+@pytest.mark.parametrize("name", courts.COURTS)
+def test_the_whole_selftest(name: str, seed: int) -> None:
+    rows = courts.hold(name, seed)
     assert passed(rows), [row for row in rows if not passed([row])]
 
 
