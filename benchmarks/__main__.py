@@ -19,7 +19,7 @@ PARTS = ("float32", "bfloat16", "backends", "products", "memory", "start", "pari
 @click.option("--write", type=click.Path(path_type=Path, exists=True), help="The page; without it, print alone.")
 def main(work: Path, rounds: int, parts: tuple[str, ...], write: Path | None) -> None:
     """Measure this project beside transformers."""
-    from benchmarks import checkpoint, page
+    from benchmarks import checkpoint, page, tables
 
     shutil.rmtree(work, ignore_errors=True)
     checkpoint.write(work / "hf")
@@ -27,7 +27,7 @@ def main(work: Path, rounds: int, parts: tuple[str, ...], write: Path | None) ->
         text = page.SECTIONS[part](work / "hf", rounds)
         click.echo(text)
         if write is not None:
-            page.put(write, part, text)
+            tables.put(write, part, text)
     shutil.rmtree(work)
 
 

@@ -48,7 +48,7 @@ def main(wanted: Sequence[str]) -> None:
         found = [*stored, *(count(name, seed, dtype, [row for row in rows if row.dtype == dtype]) for dtype in DTYPES)]
         found.sort(key=lambda row: (list(COURTS).index(str(row["court"])), int(row["seed"])))
         tables.store("courts", found)
-    tables.replace_table("courts", render(tables.load("courts")))
+    tables.put(tables.TOLERANCES, "courts", render(tables.load("courts")))
     sys.exit(0 if good else 1)
 
 

@@ -121,7 +121,7 @@ def main() -> None:
                     rows.append({"setting": setting, "dtype": dtype, "kind": kind, "slug": slug, **found})
                 print(setting, dtype, f"{time.perf_counter() - started:.0f} s", file=sys.stderr, flush=True)
     tables.store("gates", rows)
-    tables.replace_table("gates", render(tables.load("gates")))
+    tables.put(tables.TOLERANCES, "gates", render(tables.load("gates")))
 
 
 def _initialised(config: MixtralConfig) -> Checkpoint:

@@ -115,7 +115,7 @@ def main(wanted: Sequence[str]) -> None:
             rows = [row for row in _stored() if row.group != name] + measured
             rows.sort(key=lambda row: list(GROUPS).index(row.group))
             tables.store("margins", [asdict(row) for row in rows])
-    tables.replace_table("margins", render(_stored()))
+    tables.put(tables.TOLERANCES, "margins", render(_stored()))
 
 
 def _stored() -> list[Row]:

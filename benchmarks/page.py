@@ -2,7 +2,6 @@
 
 import os
 import platform
-import re
 from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
@@ -11,22 +10,12 @@ import jax
 import torch
 import transformers
 
-from benchmarks import backends, checkpoint, parity_cost, process, products, speed
+from benchmarks import backends, checkpoint, parity_cost, process, products, speed, tables
 from benchmarks.turns import Row
 
-__all__ = ["SECTIONS", "put"]
+__all__ = ["SECTIONS"]
 
 TOKENS = 512
-
-
-def put(page: Path, part: str, text: str) -> None:
-    """Replace what stands between a part's two marks in the page."""
-    marks = f"<!-- {part} -->", f"<!-- end of {part} -->"
-    old = page.read_text()
-    pattern = re.compile(f"{marks[0]}.*?{marks[1]}", re.DOTALL)
-    if len(pattern.findall(old)) != 1:
-        raise ValueError(f"{page}: expected once {marks[0]} and {marks[1]}")
-    page.write_text(pattern.sub(lambda _: f"{marks[0]}\n{text}\n{marks[1]}", old))
 
 
 def _speed(path: Path, rounds: int, dtype: str) -> str:
@@ -53,8 +42,8 @@ def _memory(path: Path, rounds: int) -> str:
 
 def _start(path: Path, rounds: int) -> str:
     seconds = {f"`{name} --help`": process.help_seconds(name, rounds) for name in ("mixtral-convert", "mixtral-parity")}
-    rows = "\n".join(f"| {name} | {median:.2f} |" for name, median in seconds.items())
-    return f"{_machine()} Median of {rounds}.\n\n| command | seconds |\n|---|---|\n{rows}"
+    table = tables.markdown(["command", "seconds"], ([name, f"{median:.2f}"] for name, median in seconds.items()))
+    return f"{_machine()} Median of {rounds}.\n\n{table}"
 
 
 def _parity(path: Path, rounds: int) -> str:
@@ -64,9 +53,9 @@ def _parity(path: Path, rounds: int) -> str:
         ("a run", cost.whole),
         *((f"of it {name}", seconds) for name, seconds in cost.sides.items()),
     ]
-    table = "\n".join(f"| {name} | {seconds:.1f} |" for name, seconds in rows)
+    table = tables.markdown(["what", "seconds"], ([name, f"{seconds:.1f}"] for name, seconds in rows))
     return (
-        f"{_machine()} {TOKENS} tokens, float32, compiled before.\n\n| what | seconds |\n|---|---|\n{table}\n\n"
+        f"{_machine()} {TOKENS} tokens, float32, compiled before.\n\n{table}\n\n"
         f"A run takes {cost.with_oracle:.1f} x the two forwards, and {cost.without_oracle:.1f} x without the "
         "oracle's seconds."
     )
@@ -84,18 +73,16 @@ SECTIONS: dict[str, Callable[[Path, int], str]] = {
 
 
 def _table(rows: Iterable[Row]) -> str:
-    lines = [
-        "| what | dtype | ours, s | others, s | ratio to the best | of single rounds |",
-        "|---|---|---|---|---|---|",
-    ]
-    for row in rows:
-        others = ", ".join(f"{name} {row.median(name):.3f}" for name in list(row.seconds)[1:])
-        low, high = row.spread
-        ours = f"{row.median(row.ours):.3f}"
-        lines.append(
-            f"| {row.what} | {row.dtype} | {ours} | {others} | **{row.ratio:.2f}** | {low:.2f} to {high:.2f} |"
-        )
-    return "\n".join(lines)
+    return tables.markdown(
+        ["what", "dtype", "ours, s", "others, s", "ratio to the best", "of single rounds"], map(_line, rows)
+    )
+
+
+def _line(row: Row) -> list[str]:
+    others = ", ".join(f"{name} {row.median(name):.3f}" for name in list(row.seconds)[1:])
+    low, high = row.spread
+    ours = f"{row.median(row.ours):.3f}"
+    return [row.what, row.dtype, ours, others, f"**{row.ratio:.2f}**", f"{low:.2f} to {high:.2f}"]
 
 
 def _machine() -> str:

@@ -1,16 +1,16 @@
-"""Measured rows on disk, and the tables of docs/tolerances.md that are made of them.
+"""Tables in the documentation: each between two marks; and measured rows on disk, that some are made of.
 
-A table stands between two marks. It is rendered from the rows alone, so that a test can hold it against them.
+Those of docs/tolerances.md are rendered from the rows alone, so that a test can hold them against the rows.
 """
 
 import csv
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-__all__ = ["PAGE", "between", "load", "markdown", "replace_table", "store"]
+__all__ = ["TOLERANCES", "between", "load", "markdown", "put", "store"]
 
 ROOT = Path(__file__).parent.parent
-PAGE = ROOT / "docs" / "tolerances.md"
+TOLERANCES = ROOT / "docs" / "tolerances.md"
 MEASURED = Path(__file__).parent / "measured"
 
 
@@ -37,16 +37,22 @@ def markdown(headings: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
 
 
-def replace_table(name: str, text: str) -> None:
-    """Put a text between the marks of a name."""
-    page = PAGE.read_text()
-    PAGE.write_text(page.replace(f"\n{between(name)}\n", f"\n{text}\n"))
+def put(page: Path, name: str, text: str) -> None:
+    """Replace what stands between the marks of a name in a page."""
+    old = page.read_text()
+    begin, end = _span(page, old, name)
+    page.write_text(f"{old[:begin]}{text}{old[end:]}")
 
 
-def between(name: str) -> str:
-    """Give what stands between the marks of a name."""
-    start, end = f"<!-- {name}: written by python -m benchmarks.{name} -->\n", f"\n<!-- end of {name} -->"
-    page = PAGE.read_text()
-    if page.count(start) != 1 or page.count(end) != 1:
-        raise ValueError(f"{PAGE}: expected the marks of {name} once each: {start.strip()} and {end.strip()}")
-    return page[page.index(start) + len(start) : page.index(end)]
+def between(page: Path, name: str) -> str:
+    """Give what stands between the marks of a name in a page."""
+    text = page.read_text()
+    begin, end = _span(page, text, name)
+    return text[begin:end]
+
+
+def _span(page: Path, text: str, name: str) -> tuple[int, int]:
+    begin, end = f"<!-- {name} -->\n", f"\n<!-- end of {name} -->"
+    if text.count(begin) != 1 or text.count(end) != 1:
+        raise ValueError(f"{page}: expected once {begin.strip()} and {end.strip()}")
+    return text.index(begin) + len(begin), text.index(end)
