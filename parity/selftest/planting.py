@@ -179,9 +179,9 @@ class _PlantedSide(FlaxSide):
 
     def block(self, layer: int, x_BTD: Array, batch: Batch, routing: Array | None = None) -> Trace:
         """See `Side.block`."""
-        if self._fault.place != "layer":
+        if self._fault.place == "model":
             return super().block(layer, x_BTD, batch, routing)
-        if layer != self._layer:
+        if self._fault.place != "layer" or layer != self._layer:
             return self._sound.block(layer, x_BTD, batch, routing)
         with self._at_work():
             trace = self._faulty.block(layer, x_BTD, self._fault.batch(batch), routing)
@@ -197,9 +197,9 @@ class _PlantedSide(FlaxSide):
 
     def operations(self, layer: int, x_BTD: Array, given: Trace, batch: Batch) -> Trace:
         """See `Operations.operations`."""
-        if self._fault.place != "layer":
+        if self._fault.place == "model":
             return super().operations(layer, x_BTD, given, batch)
-        if layer != self._layer:
+        if self._fault.place != "layer" or layer != self._layer:
             assert isinstance(self._sound, Operations), f"{self._sound.name} runs no single operations"
             return self._sound.operations(layer, x_BTD, given, batch)
         with self._at_work():

@@ -15,9 +15,11 @@ from parity.metrics import Precision
 from parity.oracle.model import Oracle
 from parity.points import kind_of
 from parity.port import Port
+from parity.recordings.detail import ALL
 from parity.result import Divergence, Result
 from parity.selftest.controls import CONTROLS, Control
 from parity.selftest.faults import FAULTS
+from parity.selftest.judged_once import JudgedOnce
 from parity.selftest.planting import Fault, Scene, planted
 from parity.sides.flax import FlaxSide
 from parity.sides.remembering import Remembering
@@ -104,6 +106,7 @@ class Court:
         self._legacy = Rounded(source.view("hf-legacy"), dtype)
         self._oracle = Remembering(Oracle(source.config, self._legacy))
         self._flax = Remembering(FlaxSide(source.config, Rounded(self._leaves, dtype)))
+        self._judge = JudgedOnce(source.config, dtype, ALL)
         self._routing = self.examine(lambda port: port).routing
         # What follows a fault, or another reference, is new to every side each time, and would fill the memory.
         self._torch.learns = self._flax.learns = self._oracle.learns = False
@@ -128,6 +131,7 @@ class Court:
         torch = self._torch if usual else self._torch_side(attention, experts, threads)
         sides = Sides(torch, flax, self._oracle)
         walk = Walk(self.source.config, sides, self.batches, dtype=self.dtype)
+        walk.judge = self._judge
         findings = list(walk.run())
         leaves = (self._leaves, port.weights)
         causes = (
