@@ -3,6 +3,7 @@
 Slugs and order are those of the catalogue in docs/diagnosing.md.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -12,13 +13,14 @@ import numpy as np
 from flax_mixtral import attention, decoder, experts, moe, norm, projection, rope
 from flax_mixtral.config import MixtralConfig
 from flax_mixtral.decoder import DecoderBlock
-from parity.metrics import Precision
+from parity.metrics import UNIT_ROUNDOFF, Precision
 from parity.selftest import faulty_cache
 from parity.selftest import faulty_ops as wrong
-from parity.selftest.planting import GENERATES, Fault, Functions, Need, Weights, planted
+from parity.selftest.planting import GENERATES, Fault, Functions, Need, Scene, Weights, planted
 from parity.sides import flax_operations
 from parity.sides.flax import FlaxSide
 from parity.trace import Array, Batch, Trace
+from parity.verdict import MARGIN_LIMIT
 
 __all__ = ["FAULTS", "Fault", "planted"]
 
@@ -151,6 +153,20 @@ def _other_theta(config: MixtralConfig) -> MixtralConfig:
     return replace(config, rope=replace(config.rope, rope_theta=theta))
 
 
+def _tenth_of_eps(config: MixtralConfig) -> MixtralConfig:
+    return replace(config, rms_norm_eps=config.rms_norm_eps / 10)
+
+
+def _eps_shows(scene: Scene) -> bool:
+    """Say whether the norm of any token moves by more than a margin leaves to rounding; deep in a model none does.
+
+    The norm rounds twice: what it normalises, and the product with the gain.
+    """
+    eps, wrong = scene.config.rms_norm_eps, _tenth_of_eps(scene.config).rms_norm_eps
+    moved = math.sqrt((scene.quietest + eps) / (scene.quietest + wrong)) - 1
+    return moved > MARGIN_LIMIT["float32"] * 2 * UNIT_ROUNDOFF["float32"]
+
+
 SEVERAL_EXPERTS = Need("several experts per token", lambda scene: scene.config.num_experts_per_tok > 1)
 SQUARE_Q = Need(
     "a square query kernel: N * H = D",
@@ -170,6 +186,7 @@ BEYOND_WINDOW = Need(
     "inputs longer than the window",
     lambda scene: scene.longest > (scene.config.sliding_window or NO_WINDOW_INSTEAD),
 )
+QUIET = Need("a token quiet enough for rms_norm_eps to show above rounding", _eps_shows)
 TIES = Need("router probabilities that tie exactly", lambda scene: scene.ties > 0)
 
 
@@ -201,8 +218,9 @@ NORMS = (
     Fault(
         slug="norm-eps",
         shows=("input_norm",),
-        config=lambda config: replace(config, rms_norm_eps=config.rms_norm_eps / 10),
+        config=_tenth_of_eps,
         dtypes=F32,
+        needs=QUIET,
     ),
     Fault(
         slug="norm-cast-order",

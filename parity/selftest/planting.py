@@ -35,11 +35,13 @@ class Scene(NamedTuple):
         config: the model's.
         ties: tokens of the inputs whose last expert ties exactly, at the layer in question.
         longest: real tokens of the inputs' longest row.
+        quietest: the smallest mean square of a real token in what the layer is fed.
     """
 
     config: MixtralConfig
     ties: int
     longest: int
+    quietest: float
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,6 +4,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import numpy as np
+
 from convert import Checkpoint
 from flax_mixtral.config import MixtralConfig
 from parity.cast import ATTENTION, EXPERTS
@@ -157,7 +159,13 @@ class Court:
     def scene(self, layer: int) -> Scene:
         """Say what a fault of one layer is to be planted into."""
         ties = sum(compared.ties for key, compared in self._routing.items() if key[:2] == (layer, "local"))
-        return Scene(self.source.config, ties, max(int(batch.real_BT.sum(axis=1).max()) for batch in self.batches))
+        longest = max(int(batch.real_BT.sum(axis=1).max()) for batch in self.batches)
+        return Scene(self.source.config, ties, longest, min(self._quietest(layer, batch) for batch in self.batches))
+
+    def _quietest(self, layer: int, batch: Batch) -> float:
+        x_BTD = self._torch.stream_before(layer, batch)
+        assert x_BTD is not None, "the unchanged port was examined"
+        return float(np.square(x_BTD[batch.real_BT].astype(np.float64)).mean(axis=-1).min())
 
     def _torch_side(self, attention: str = ATTENTION, experts: str = EXPERTS, threads: int | None = None) -> TorchSide:
         return TorchSide(
