@@ -13,6 +13,7 @@ from convert import Checkpoint
 from flax_mixtral import experts, moe
 from flax_mixtral.config import MixtralConfig
 from flax_mixtral.experts import Backend, Kernels, choose_backend
+from parity.memory import available_bytes
 from parity.metrics import Precision
 from parity.port import Port
 from parity.selftest.planting import GENERATES, Functions, Need, Scene, Weights, replaced
@@ -206,6 +207,19 @@ SHARED = Need(
     lambda scene: len(jax.devices()) >= DEVICES and scene.config.num_local_experts % DEVICES == 0,
 )
 
+
+def _copied_bytes(scene: Scene) -> int:
+    """Say what torch's batched_mm holds: the three kernels of each token's experts, in float32 at most."""
+    config = scene.config
+    kernels = 3 * config.hidden_size * config.intermediate_size
+    return scene.tokens * config.num_experts_per_tok * kernels * np.dtype(np.float32).itemsize
+
+
+COPIES = Need(
+    "memory for the kernels that batched_mm copies for every token",
+    lambda scene: _copied_bytes(scene) <= available_bytes(),
+)
+
 CONTROLS = (
     Control("unchanged"),
     Control("op-by-op", side=_OpByOp),
@@ -221,6 +235,6 @@ CONTROLS = (
     Control("two-threads", threads=2),
     Control("sdpa", attention="sdpa"),
     Control("experts-eager", experts="eager"),
-    Control("experts-batched", experts="batched_mm"),
+    Control("experts-batched", experts="batched_mm", needs=COPIES),
     Control("with-a-cache", cached=True, needs=GENERATES),
 )

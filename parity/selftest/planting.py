@@ -34,12 +34,14 @@ class Scene(NamedTuple):
     Args:
         config: the model's.
         ties: tokens of the inputs whose last expert ties exactly, at the layer in question.
+        tokens: of the largest batch, padding included.
         longest: real tokens of the inputs' longest row.
         quietest: the smallest mean square of a real token in what the layer is fed.
     """
 
     config: MixtralConfig
     ties: int
+    tokens: int
     longest: int
     quietest: float
 

@@ -160,7 +160,9 @@ class Court:
         """Say what a fault of one layer is to be planted into."""
         ties = sum(compared.ties for key, compared in self._routing.items() if key[:2] == (layer, "local"))
         longest = max(int(batch.real_BT.sum(axis=1).max()) for batch in self.batches)
-        return Scene(self.source.config, ties, longest, min(self._quietest(layer, batch) for batch in self.batches))
+        tokens = max(batch.input_ids.size for batch in self.batches)
+        quietest = min(self._quietest(layer, batch) for batch in self.batches)
+        return Scene(self.source.config, ties=ties, tokens=tokens, longest=longest, quietest=quietest)
 
     def _quietest(self, layer: int, batch: Batch) -> float:
         x_BTD = self._torch.stream_before(layer, batch)

@@ -104,17 +104,25 @@ def test_a_fault_that_a_model_cannot_have_is_not_planted(checkpoint: Path) -> No
 @pytest.mark.parametrize(("window", "shows_from"), [(37, 38), (None, 17)])
 def test_a_window_shows_on_inputs_that_are_longer_alone(window: int | None, shows_from: int) -> None:
     fault, config = BY_SLUG["window-off-by-one"], replace(DEFAULT, sliding_window=window)
-    scene = Scene(config, ties=0, longest=shows_from, quietest=1.0)
+    scene = Scene(config, ties=0, tokens=99, longest=shows_from, quietest=1.0)
     assert fault.lacks(scene._replace(longest=shows_from - 1)) == "inputs longer than the window"
     assert fault.lacks(scene) is None
 
 
 def test_an_epsilon_shows_on_quiet_streams_alone() -> None:
     """A tenth of 1e-5 moves a norm by 4.5e-6 / mean square; a margin leaves ten times two roundings of 2**-24."""
-    fault, scene = BY_SLUG["norm-eps"], Scene(DEFAULT, ties=0, longest=9, quietest=3.7)
+    fault, scene = BY_SLUG["norm-eps"], Scene(DEFAULT, ties=0, tokens=9, longest=9, quietest=3.7)
     assert DEFAULT.rms_norm_eps == 1e-5
     assert fault.lacks(scene) is None
     assert fault.lacks(scene._replace(quietest=3.8)) == "a token quiet enough for rms_norm_eps to show above rounding"
+
+
+def test_kernels_are_not_copied_for_every_token_where_memory_has_no_room() -> None:
+    wide = replace(DEFAULT, hidden_size=4096, intermediate_size=14336)
+    scene = Scene(DEFAULT, ties=0, tokens=42, longest=37, quietest=1.0)
+    assert BY_CONTROL["experts-batched"].lacks(scene) is None
+    needs = BY_CONTROL["experts-batched"].lacks(scene._replace(config=wide, tokens=10**6))
+    assert needs == "memory for the kernels that batched_mm copies for every token"
 
 
 def test_ties_are_found_where_routers_tie_and_their_order_is_judged(tmp_path: Path) -> None:
