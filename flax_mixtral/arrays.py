@@ -45,12 +45,15 @@ class Mould(Generic[Built]):
         leaves = []
         for leaf_path, group in groupby(self._leaves, key=lambda row: _leaf_path(row[0])):
             name, rows = prefix + leaf_path, list(group)
-            if name not in arrays:
+            array, expected = (
+                arrays.get(name),
+                _stacked_shape(rows),
+            )  # once: `in` too would read it, of a mapping of files
+            if array is None:
                 leaves += rows
                 if not partial:
                     problems.append(f"{name}: no array")
                 continue
-            array, expected = arrays[name], _stacked_shape(rows)
             if array.shape != expected:
                 problems.append(f"{name}: expected shape {expected}, got {array.shape}")
                 continue

@@ -1,6 +1,6 @@
 """Tensors in memory: the view's values, mapped where the file has them in order, and taken over by JAX as they lie."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -9,6 +9,7 @@ import jax
 import numpy as np
 import pytest
 from flax import nnx
+from numpy.typing import NDArray
 
 from convert import Checkpoint, convert
 from convert.casting import CASTS, cast
@@ -79,3 +80,24 @@ def test_a_mapped_model_may_be_donated(paths: dict[str, Path]) -> None:
     for twice, once in zip(jax.tree.leaves(doubled), jax.tree.leaves(again), strict=True):
         np.testing.assert_array_equal(twice, 2 * np.asarray(once))
     assert (paths["flax"] / "flax_model.safetensors").read_bytes() == before
+
+
+def test_filling_reads_every_tensor_once(paths: dict[str, Path]) -> None:
+    view = Checkpoint.open(paths["hf-legacy"]).view("flax")
+    read: list[str] = []
+
+    class Noted(Mapping[str, NDArray[Any]]):
+        """A mapping that reads on access, as a view does; its `in` reads, too."""
+
+        def __getitem__(self, name: str) -> NDArray[Any]:
+            read.append(name)
+            return view[name]
+
+        def __iter__(self) -> Iterator[str]:
+            return iter(view)
+
+        def __len__(self) -> int:
+            return len(view)
+
+    Mould(lambda rngs: Mixtral(view.checkpoint.config, rngs=rngs)).fill(Noted())
+    assert sorted(read) == sorted(view)
