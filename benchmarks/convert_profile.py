@@ -35,10 +35,8 @@ LOAD = """
 import json, resource, sys, time
 import jax.numpy as jnp
 import flax_mixtral.heads, convert.checkpoint
-from concurrent.futures import ThreadPoolExecutor
 from convert import Checkpoint
-from convert.memory import THREADS, InMemory
-from flax_mixtral import Mixtral
+from flax_mixtral import Mixtral, pretrained
 from flax_mixtral.arrays import Mould
 rows, now = {}, [time.perf_counter(), time.process_time()]
 def lap(name):
@@ -50,8 +48,7 @@ checkpoint = Checkpoint.open(sys.argv[1])
 lap("headers")
 mould = Mould(lambda rngs: Mixtral(checkpoint.config, rngs=rngs))
 lap("structure")
-with ThreadPoolExecutor(THREADS) as threads:
-    model = mould.fill(InMemory(checkpoint.view("flax"), None, threads), alias=True)
+model = pretrained.read(mould, checkpoint.view("flax"), None)
 lap("read into order")
 ids = jnp.arange(8)[None]
 model(ids).logits.block_until_ready()

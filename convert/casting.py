@@ -10,7 +10,7 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["CASTS", "Loss", "cast", "count_non_finite"]
+__all__ = ["CASTS", "Loss", "cast", "count_non_finite", "rounded"]
 
 CASTS: dict[str, np.dtype[Any]] = {
     "bfloat16": np.dtype(ml_dtypes.bfloat16),
@@ -51,18 +51,23 @@ def cast(array: NDArray[Any], dtype: np.dtype[Any]) -> tuple[NDArray[Any], Loss]
     """
     if array.dtype == dtype:
         return array, Loss(array.size)
-    with np.errstate(all="ignore"):  # overflow and underflow are counted, NaN is no surprise
-        rounded = array.astype(dtype)
-        if dtype.itemsize > array.dtype.itemsize:  # a wider floating dtype holds every value of a narrower one
-            return rounded, Loss(array.size)
-        back = rounded.astype(array.dtype)
-        changed = (back != array) & ~(np.isnan(back) & np.isnan(array))
-    return rounded, Loss(
+    found = rounded(array, dtype)
+    if dtype.itemsize > array.dtype.itemsize:  # a wider floating dtype holds every value of a narrower one
+        return found, Loss(array.size)
+    back = rounded(found, array.dtype)
+    changed = (back != array) & ~(np.isnan(back) & np.isnan(array))
+    return found, Loss(
         values=array.size,
         changed=int(np.count_nonzero(changed)),
-        to_infinity=int(np.count_nonzero(changed & np.isinf(rounded))),
-        to_zero=int(np.count_nonzero(changed & (rounded == 0))),
+        to_infinity=int(np.count_nonzero(changed & np.isinf(found))),
+        to_zero=int(np.count_nonzero(changed & (found == 0))),
     )
+
+
+def rounded(array: NDArray[Any], dtype: np.dtype[Any]) -> NDArray[Any]:
+    """Round an array to a dtype, to nearest even; the same array if it has it already. Its axes keep their order."""
+    with np.errstate(all="ignore"):  # overflow and underflow are for `cast` to count, NaN is no surprise
+        return array.astype(dtype, copy=False)
 
 
 def count_non_finite(bits: NDArray[Any], dtype: np.dtype[Any]) -> int:

@@ -3,7 +3,9 @@
 Imports the standard library, NumPy, convert's tables and reader, and flax_mixtral.config.
 """
 
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -12,12 +14,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from convert.casting import rounded
 from convert.diagnose import explain
 from convert.errors import ConfigError, TensorMismatch
 from convert.io.files import WeightFiles, find_weights, inside
 from convert.io.json_strict import read_object
 from convert.io.safetensors import Header, as_bits
 from convert.layouts import LAYOUTS
+from convert.memory import on_cache_line
 from convert.mistral_params import read_params
 from convert.recognise import Recognised, recognise
 from convert.rules import Region, TensorSpec
@@ -236,18 +240,44 @@ class View(Mapping[str, NDArray[Any]]):
             start += piece.size
         return whole
 
-    def part(self, name: str, index: tuple[slice, ...]) -> NDArray[Any]:
-        """Give a slice of a tensor of the flax layout; of a stacked one, only the experts in the slice are read.
+    @contextmanager
+    def part(
+        self, name: str, index: tuple[slice, ...] = (), dtype: np.dtype[Any] | None = None
+    ) -> Iterator[NDArray[Any]]:
+        """Give a slice of a tensor of the flax layout for as long as the context lasts.
+
+        It is a view of the file, its axes in any order of memory, where that has it in one piece, and else put together
+        on a cache line. The file's pages that it was made of are given back.
 
         Args:
             name: the tensor.
-            index: one slice per axis.
+            index: one slice for each of the first axes; of a stacked tensor, only the experts in the slice are read.
+            dtype: to cast to; None to leave every value as it is.
         """
+        shown = self._shown(name, index)
+        if len(shown) > 1:
+            yield _joined(
+                (piece for one in shown for piece in self._read(one, dtype)), shown, dtype or self.dtype(name)
+            )
+        else:
+            yield from self._read(shown[0], dtype)
+
+    def _shown(self, name: str, index: tuple[slice, ...]) -> list[NDArray[Any]]:
+        """Give a slice as views of the files that follow each other along the first axis."""
+        mapped = self.mapped(name)
+        if mapped is not None:
+            return [mapped[index]]
         regions = self.specs[name].regions
-        if self.checkpoint.contents.specs.get(name) == self.specs[name] or len(regions) == 1:
-            return self[name][index]
         assert len(regions) == self.shape(name)[0], f"{name} is not stacked along its first axis"
-        return np.stack([self._piece(region)[index[1:]] for region in regions[index[0]]])
+        experts, rest = (index[0], index[1:]) if index else (slice(None), ())
+        return [self._piece(region)[rest][None] for region in regions[experts]]
+
+    def _read(self, shown: NDArray[Any], dtype: np.dtype[Any] | None) -> Iterator[NDArray[Any]]:
+        self.checkpoint.will_need(shown)
+        try:
+            yield shown if dtype is None else rounded(shown, dtype)
+        finally:
+            self.checkpoint.release(shown)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.specs)
@@ -261,3 +291,13 @@ class View(Mapping[str, NDArray[Any]]):
         leaf = place.pattern.apply(stored, self._sizes, place.fixed)
         piece: NDArray[Any] = region.restore.apply(leaf, self._sizes)
         return piece
+
+
+def _joined(pieces: Iterable[NDArray[Any]], like: Sequence[NDArray[Any]], dtype: np.dtype[Any]) -> NDArray[Any]:
+    """Put pieces that follow each other along the first axis into one array, which begins on a cache line."""
+    shape = (sum(map(len, like)), *like[0].shape[1:])
+    whole, start = on_cache_line(math.prod(shape) * dtype.itemsize), 0
+    for piece in pieces:
+        contiguous(piece, whole[start : start + piece.nbytes])
+        start += piece.nbytes
+    return whole.view(dtype).reshape(shape)

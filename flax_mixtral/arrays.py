@@ -1,19 +1,41 @@
 """Between modules and named arrays: fill a tree by path, and list what a tree holds."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import groupby
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 import jax
 import jax.numpy as jnp
-import numpy.typing as npt
 from flax import nnx
 
-__all__ = ["Mould", "arrays_of"]
+__all__ = ["Mould", "arrays_of", "taken_over"]
 
 Built = TypeVar("Built", bound=nnx.Module)
 Path = tuple[Any, ...]
-Arrays = Mapping[str, npt.NDArray[Any] | jax.Array]
+
+
+class Shaped(Protocol):
+    """An array of NumPy's or JAX's, or something that `own` makes one of."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Its shape."""
+
+    def __getitem__(self, expert: int, /) -> Any:
+        """Give one expert of a stack."""
+
+
+Arrays = Mapping[str, Shaped]
+
+
+def copied(parts: Iterable[Any]) -> Iterator[jax.Array]:
+    """Make arrays of JAX's own."""
+    return map(jnp.asarray, parts)
+
+
+def taken_over(parts: Iterable[Any]) -> Iterator[jax.Array]:
+    """Take NumPy's memory over where it begins on a cache line, else copy; nobody may write to it afterwards."""
+    return (jax.device_put(part, may_alias=True) for part in parts)
 
 
 class Mould(Generic[Built]):
@@ -27,7 +49,14 @@ class Mould(Generic[Built]):
         self._graphdef, state = nnx.split(nnx.eval_shape(lambda: build(_OneKey(0))))
         self._leaves = nnx.to_flat_state(state)
 
-    def fill(self, arrays: Arrays, prefix: str = "", *, partial: bool = False, alias: bool = False) -> Built:
+    def fill(
+        self,
+        arrays: Arrays,
+        prefix: str = "",
+        *,
+        partial: bool = False,
+        own: Callable[[Iterable[Any]], Iterable[jax.Array]] = copied,
+    ) -> Built:
         """Make a module whose parameters are the given arrays.
 
         Args:
@@ -35,35 +64,34 @@ class Mould(Generic[Built]):
                 every expert by itself takes its parts of the stacked array.
             prefix: stands before every path, as `model.layers.3.`.
             partial: leave a parameter without an array abstract (a shape and a dtype) instead of refusing.
-            alias: take NumPy's memory over where it begins on a cache line, instead of copying it; nobody may write to
-                it afterwards.
+            own: makes arrays of JAX's of the given ones, in their order.
 
         Raises:
             ValueError: a parameter has no array, or one of another shape.
         """
-        problems = []
-        leaves = []
-        for leaf_path, group in groupby(self._leaves, key=lambda row: _leaf_path(row[0])):
-            name, rows = prefix + leaf_path, list(group)
-            array, expected = (
-                arrays.get(name),
-                _stacked_shape(rows),
-            )  # once: `in` too would read it, of a mapping of files
-            if array is None:
-                leaves += rows
-                if not partial:
-                    problems.append(f"{name}: no array")
-                continue
-            if array.shape != expected:
-                problems.append(f"{name}: expected shape {expected}, got {array.shape}")
-                continue
-            for path, leaf in rows:
-                part = array[path[-1]] if isinstance(path[-1], int) else array
-                owned = jax.device_put(part, may_alias=True) if alias else jnp.asarray(part)
-                leaves.append((path, leaf.replace(owned)))
+        problems: list[str] = []
+        leaves: list[tuple[Path, Any]] = []
+        filled: list[tuple[Path, Any]] = []
+
+        def parts() -> Iterator[Any]:
+            for leaf_path, group in groupby(self._leaves, key=lambda row: _leaf_path(row[0])):
+                name, rows = prefix + leaf_path, list(group)
+                array = arrays.get(name)  # once: `in` too reads what it is asked for, of a mapping of files
+                if array is None:
+                    leaves.extend(rows)
+                    if not partial:
+                        problems.append(f"{name}: no array")
+                elif array.shape != (expected := _stacked_shape(rows)):
+                    problems.append(f"{name}: expected shape {expected}, got {array.shape}")
+                else:
+                    filled.extend(rows)
+                    yield from (array[path[-1]] if isinstance(path[-1], int) else array for path, _ in rows)
+
+        owned = list(own(parts()))  # one after the other, so that what was copied can go
         if problems:
             listed = "\n".join(f"  - {problem}" for problem in problems)
             raise ValueError(f"the arrays do not fill the module:\n{listed}")
+        leaves += [(path, leaf.replace(array)) for (path, leaf), array in zip(filled, owned, strict=True)]
         return nnx.merge(self._graphdef, nnx.from_flat_state(leaves))
 
 

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from functools import wraps
 from typing import Any, TypeVar, cast
 
@@ -17,8 +18,8 @@ from flax_mixtral.tree import slots
 __all__ = ["any_axis_types", "batch_spec", "partition_specs", "placed"]
 
 Call = TypeVar("Call", bound=Callable[..., Any])
-Part = npt.NDArray[Any]
 Index = tuple[slice, ...]
+Read = AbstractContextManager[npt.NDArray[Any]]
 
 
 def partition_specs(config: MixtralConfig, mesh: Mesh | jax.sharding.AbstractMesh) -> dict[str, PartitionSpec]:
@@ -91,24 +92,25 @@ def any_axis_types(call: Call) -> Call:
 
 
 def placed(
-    shape: tuple[int, ...], dtype: npt.DTypeLike, mesh: Mesh, spec: PartitionSpec, read: Callable[[Index], Part]
+    shape: tuple[int, ...], dtype: npt.DTypeLike, mesh: Mesh, spec: PartitionSpec, read: Callable[[Index], Read]
 ) -> jax.Array:
     """Make an array on a mesh of which this process reads what its own devices hold.
 
     Args:
         shape: of the whole array.
-        dtype: what the parts are cast to.
+        dtype: of the parts.
         mesh: the devices, of this process and of others.
         spec: how the array is cut.
-        read: gives a part; called once for each, however many devices hold it.
+        read: gives a part for as long as its context lasts; called once for each, however many devices hold it. A CPU
+            takes over what begins on a cache line.
     """
-    parts: dict[str, Part] = {}
-
-    def part(index: Index | None) -> Part:
+    sharding = NamedSharding(mesh, spec)
+    holders: dict[str, tuple[Index, list[jax.Device]]] = {}
+    for device, index in sharding.addressable_devices_indices_map(shape).items():
         assert index is not None, "only an array of no dimensions has no index"
-        key = str(index)
-        if key not in parts:
-            parts[key] = np.ascontiguousarray(read(index), dtype)
-        return parts[key]
-
-    return jax.make_array_from_callback(shape, NamedSharding(mesh, spec), part, dtype=np.dtype(dtype))
+        holders.setdefault(str(index), (index, []))[1].append(device)
+    held = []
+    for index, devices in holders.values():
+        with read(index) as part:
+            held += [jax.device_put(part, device, may_alias=True).block_until_ready() for device in devices]
+    return jax.make_array_from_single_device_arrays(shape, sharding, held, dtype=np.dtype(dtype))

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flax_mixtral.arrays import Mould
+from flax_mixtral.arrays import Mould, taken_over
 from flax_mixtral.config import MixtralConfig
 from flax_mixtral.decoder import BlockTrace, Context, DecoderBlock, context_of, look_up
 from flax_mixtral.experts import ExpertTrace, expert
@@ -120,7 +120,7 @@ class FlaxSide:
 
     def whole_model(self) -> Model:
         """Build the model as its users have it."""
-        return _model_mould(self._config).fill(self._weights, alias=True)
+        return _model_mould(self._config).fill(self._weights, own=taken_over)
 
     def _language_model(self) -> Mixtral:
         model = self.whole_model()
@@ -136,7 +136,7 @@ class FlaxSide:
         """Give a block, whose parameters stay until `done` or the next one."""
         if self._held is None or self._held[0] != layer:
             self.done(layer)  # the last one's memory goes before the next one's comes
-            block = _block_mould(self._config).fill(self._weights, f"{self._prefix}layers.{layer}.", alias=True)
+            block = _block_mould(self._config).fill(self._weights, f"{self._prefix}layers.{layer}.", own=taken_over)
             self._held = (layer, block)
         return self._held[1]
 
@@ -149,7 +149,7 @@ class FlaxSide:
             for name in self._weights
             if "layers." not in name and (tied or "embed_tokens." not in name)
         }
-        return _model_mould(self._config).fill(outside, partial=True, alias=True)
+        return _model_mould(self._config).fill(outside, partial=True, own=taken_over)
 
     def _context(self, batch: Batch, x_BTD: Array) -> Context:
         mask, position = (None if x is None else jnp.asarray(x) for x in (batch.attention_mask, batch.position_ids))

@@ -6,17 +6,15 @@ python -m tests.flax_mixtral.mesh_worker CHECKPOINT host:port PROCESS expert=2,t
 import json
 import math
 import sys
-from typing import Any
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType
-from numpy.typing import NDArray
 
-from convert.checkpoint import View
 from flax_mixtral import Mixtral
 from flax_mixtral.arrays import arrays_of
+from tests.flax_mixtral.meshes import bytes_read
 from tests.flax_mixtral.test_mesh import IDS
 
 
@@ -24,23 +22,14 @@ def main(checkpoint: str, coordinator: str, process: int, cuts: str) -> None:
     sizes = {name: int(size) for name, size in (part.split("=") for part in cuts.split(","))}
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     jax.distributed.initialize(coordinator, math.prod(sizes.values()), process)
-    bytes_read, read = 0, View.part
-
-    def counted(view: View, name: str, index: tuple[slice, ...]) -> NDArray[Any]:
-        nonlocal bytes_read
-        part = read(view, name, index)
-        bytes_read += part.nbytes
-        return part
-
-    View.part = counted  # type: ignore[assignment, method-assign]  # in this process only, which ends here
     mesh = jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes))
-    with jax.set_mesh(mesh):
+    with jax.set_mesh(mesh), bytes_read() as read:
         model = Mixtral.from_pretrained(checkpoint, mesh=mesh)
         logits_BTV = multihost_utils.process_allgather(jax.jit(lambda m, i: m(i).logits)(model, IDS), tiled=True)
     shards = [shard.data.nbytes for array in arrays_of(model).values() for shard in array.addressable_shards]
     # Of the first process alone: the others' pipes are read when it has ended, and do not hold as much.
     logits = np.asarray(logits_BTV).tolist() if process == 0 else []
-    print(json.dumps({"read": bytes_read, "held": sum(shards), "logits": logits}), flush=True)
+    print(json.dumps({"read": sum(read), "held": sum(shards), "logits": logits}), flush=True)
 
 
 if __name__ == "__main__":

@@ -20,10 +20,8 @@ import numpy as np
 import pytest
 from flax import nnx
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
-from numpy.typing import NDArray
 
 from convert import Checkpoint
-from convert.checkpoint import View
 from flax_mixtral import ConfigError, Mixtral, MixtralConfig, causal_lm_loss, generate
 from flax_mixtral.arrays import arrays_of
 from flax_mixtral.experts import parallel
@@ -34,7 +32,7 @@ from parity.oracle.model import Oracle
 from parity.trace import Array, Batch
 from parity.verdict import MARGIN_LIMIT
 from tests.checkpoints import write_checkpoint
-from tests.flax_mixtral.meshes import MESHES, mesh_of
+from tests.flax_mixtral.meshes import MESHES, bytes_read, mesh_of
 
 SIZES: dict[str, Any] = {
     "vocab_size": 88,
@@ -149,24 +147,12 @@ def test_both_kinds_of_mesh_generate_the_tokens_of_one_device(checkpoint: Path) 
 @pytest.mark.multidevice
 @pytest.mark.parametrize("layout", ["hf-legacy", "hf-fused"])
 @pytest.mark.parametrize("name", MESHES)
-def test_each_byte_is_read_once_and_each_device_holds_its_share(
-    name: str, layout: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_each_byte_is_read_once_and_each_device_holds_its_share(name: str, layout: str, tmp_path: Path) -> None:
     write_checkpoint(tmp_path / "hf", layout=layout, **SIZES)
-    bytes_read = 0
-    read = View.part
-
-    def counted(view: View, name: str, index: tuple[slice, ...]) -> NDArray[Any]:
-        nonlocal bytes_read
-        part = read(view, name, index)
-        bytes_read += part.nbytes
-        return part
-
-    monkeypatch.setattr(View, "part", counted)
-    mesh = mesh_of(name)
-    arrays = arrays_of(Mixtral.from_pretrained(tmp_path / "hf", mesh=mesh))
+    with bytes_read() as read:
+        arrays = arrays_of(Mixtral.from_pretrained(tmp_path / "hf", mesh=mesh_of(name)))
     total = sum(array.nbytes for array in arrays.values())
-    assert bytes_read == total  # this process has every device
+    assert sum(read) == total  # this process has every device
     held = [0] * 8
     for array in arrays.values():
         for shard in array.addressable_shards:

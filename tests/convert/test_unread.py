@@ -1,7 +1,6 @@
 """Tensors in memory: the view's values, mapped where the file has them in order, and taken over by JAX as they lie."""
 
 from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +12,11 @@ from numpy.typing import NDArray
 
 from convert import Checkpoint, convert
 from convert.casting import CASTS, cast
-from convert.memory import CACHE_LINE_BYTES, InMemory
+from convert.unread import Unread
 from flax_mixtral import Mixtral
 from flax_mixtral.arrays import Mould
 from tests.checkpoints import write_checkpoint
+from tests.convert.edit import edit_tensors, stored
 
 PAGED: dict[str, Any] = {
     "vocab_size": 128,
@@ -38,38 +38,49 @@ def paths(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {path.name: path for path in root.iterdir()}
 
 
-@pytest.fixture
-def threads() -> Iterator[ThreadPoolExecutor]:
-    with ThreadPoolExecutor(3) as threads:
-        yield threads
-
-
 @pytest.mark.parametrize("dtype", [None, "bfloat16"])
 @pytest.mark.parametrize("layout", ["hf-legacy", "flax", "mistral"])
-def test_values_are_the_views(
-    layout: str, dtype: str | None, paths: dict[str, Path], threads: ThreadPoolExecutor
-) -> None:
+def test_what_was_unread_has_the_views_values(layout: str, dtype: str | None, paths: dict[str, Path]) -> None:
     view = Checkpoint.open(paths[layout]).view("flax")
-    held = InMemory(view, CASTS.get(dtype or "keep"), threads)
-    assert list(held) == list(view)
-    for name, array in held.items():
+    for name in view:
+        unread = Unread(view, name, None if dtype is None else CASTS[dtype])
         wanted = view[name] if dtype is None else cast(view[name], CASTS[dtype])[0]
-        assert (array.dtype, array.shape) == (wanted.dtype, wanted.shape)
-        assert array.tobytes() == np.ascontiguousarray(wanted).tobytes()
-        assert array.flags.c_contiguous
-        assert array.ctypes.data % CACHE_LINE_BYTES == 0
+        experts = {e: unread[e] for e in range(PAGED["num_local_experts"]) if ".experts." in name}
+        for part, values in [(unread, wanted), *((one, wanted[e]) for e, one in experts.items())]:
+            with part.read() as read:
+                assert (read.dtype, read.shape, part.shape) == (values.dtype, values.shape, values.shape)
+                assert read.tobytes() == values.tobytes()
 
 
-def test_what_lies_in_order_is_mapped_and_taken_over(paths: dict[str, Path], threads: ThreadPoolExecutor) -> None:
-    view = Checkpoint.open(paths["flax"]).view("flax")
-    held = InMemory(view, None, threads)
-    mapped = {name for name, array in held.items() if not array.flags.writeable}
-    assert len(mapped) == len(held), "the layout flax keeps every tensor on a cache line"
-    model = Mould(lambda rngs: Mixtral(view.checkpoint.config, rngs=rngs, experts="blocks")).fill(held, alias=True)
-    stored, gate = held["model.layers.1.moe.experts.gate"], model.model.layers[1].moe.experts.gate
-    assert isinstance(gate, nnx.List)
-    for expert, kernel in enumerate(gate):
-        assert kernel[...].unsafe_buffer_pointer() == stored[expert].ctypes.data
+def test_a_stack_of_several_dtypes_can_be_cast(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path, **PAGED)
+    name = "model.layers.1.block_sparse_moe.experts.2.w1.weight"
+    narrow = stored(tmp_path)[name].half()
+    edit_tensors(tmp_path, lambda tensors: tensors.update({name: narrow}))
+    stacked = Unread(Checkpoint.open(tmp_path).view("flax"), "model.layers.1.moe.experts.gate", CASTS["float32"])
+    with stacked.read() as read:
+        np.testing.assert_array_equal(read[2], narrow.T.float().numpy())
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="asks Linux what is mapped")
+@pytest.mark.parametrize("mesh", [None, jax.sharding.Mesh(jax.devices()[:1], ("expert",))], ids=["alone", "mesh"])
+def test_what_lies_in_order_is_taken_over_as_it_is_mapped(
+    mesh: jax.sharding.Mesh | None, paths: dict[str, Path]
+) -> None:
+    for layout, where in (("flax", "flax_model.safetensors"), ("hf-legacy", "")):
+        arrays = jax.tree.leaves(nnx.state(Mixtral.from_pretrained(paths[layout], mesh=mesh)))
+        assert {mapped_file(array) for array in arrays if array.ndim > 2} == {where}
+
+
+def mapped_file(array: jax.Array) -> str:
+    """Name the file whose pages an array's memory is; "" where it is nobody's."""
+    address = array.addressable_data(0).unsafe_buffer_pointer()
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        span, *_, path = line.split(maxsplit=5)
+        low, high = (int(end, 16) for end in span.split("-"))
+        if low <= address < high:
+            return Path(path).name if path.startswith("/") else ""
+    raise AssertionError(f"{address:x} is not mapped")
 
 
 def test_a_mapped_model_may_be_donated(paths: dict[str, Path]) -> None:
