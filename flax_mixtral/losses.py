@@ -50,11 +50,14 @@ def load_balancing_loss(
     Source: transformers 5.23, modeling_mixtral.py, `load_balancing_loss_func`.
     """
     layers, experts = len(router_logits), router_logits[0].shape[-1]
-    logits_LME = jnp.stack(router_logits)
+    narrow = jnp.finfo(router_logits[0].dtype)
+    wide = jnp.promote_types(narrow.dtype, jnp.float32)
+    # Wide before they are stacked: XLA on a CPU is slow to compile that in bfloat16, and top_k would sort whole rows.
+    logits_LME = jnp.stack([logits_ME.astype(wide) for logits_ME in router_logits])
     counted_M1 = jnp.ones((logits_LME.shape[1], 1)) if mask_BT is None else mask_BT.reshape(-1, 1)
-    probs_LME = jax.nn.softmax(logits_LME, axis=-1)
-    wide = jnp.promote_types(probs_LME.dtype, jnp.float32)  # XLA on a CPU sorts whole rows of any other dtype
-    _, ids_LMA = jax.lax.top_k(probs_LME.astype(wide), per_token)
+    # Torch's softmax too is wide inside, and rounds its result.
+    probs_LME = jax.lax.reduce_precision(jax.nn.softmax(logits_LME, axis=-1), narrow.nexp, narrow.nmant)
+    _, ids_LMA = jax.lax.top_k(probs_LME, per_token)
     chosen_LME = jax.nn.one_hot(ids_LMA, experts).sum(axis=2)
     chosen_E = jnp.sum(chosen_LME * counted_M1, axis=(0, 1))
     probable_E = jnp.sum(probs_LME.astype(jnp.float32) * counted_M1, axis=(0, 1))
