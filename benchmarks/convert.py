@@ -5,6 +5,7 @@ Prints ratios of runs that take turns on the same disk, as the median of --repea
 """
 
 import json
+import os
 import shutil
 import statistics
 import subprocess
@@ -37,27 +38,26 @@ print(json.dumps({"seconds": time.perf_counter() - start, "growth_bytes": peak()
                   "planned_bytes": report.plan.peak_bytes, "cpu": time.process_time()}))
 """
 
-LOAD: dict[str, str] = {
-    "flax": """
+FLAX = """
 import jax.numpy as jnp
 from flax_mixtral import Mixtral
 model = Mixtral.from_pretrained(sys.argv[1])
 model(jnp.arange(8)[None]).logits.block_until_ready()
-""",
-    "transformers": """
+"""
+TORCH = """
 import torch, transformers
 torch.set_grad_enabled(False)
 model = transformers.MixtralForCausalLM.from_pretrained(sys.argv[1], dtype="auto")
 model(torch.arange(8)[None]).logits.sum().item()
-""",
-}
+"""
 TIMED = """
 import json, resource, sys, time
 import {library}
 def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-before, start = peak(), time.perf_counter()
+before, start, cpu = peak(), time.perf_counter(), time.process_time()
 {body}
-print(json.dumps({{"seconds": time.perf_counter() - start, "growth_bytes": peak() - before}}))
+print(json.dumps({{"seconds": time.perf_counter() - start, "growth_bytes": peak() - before,
+                   "cpu": time.process_time() - cpu}}))
 """
 
 
@@ -77,9 +77,9 @@ def write_random(path: Path, shape: dict[str, Any]) -> MixtralConfig:
     return config
 
 
-def in_process(code: str, *args: Path) -> dict[str, Any]:
+def in_process(code: str, *args: Path, **environment: str) -> dict[str, Any]:
     command = [sys.executable, "-c", code, *map(str, args)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, **environment})
     if done.returncode:
         raise click.ClickException(done.stderr)
     return dict(json.loads(done.stdout.splitlines()[-1]))
@@ -122,22 +122,33 @@ def converting(src: Path, work: Path, repeat: int) -> Iterator[str]:
     yield f"3 x largest + 200 MB     {(3 * largest + 200e6) / 1e6:.0f} MB"
 
 
-def loading(src: Path, repeat: int) -> Iterator[str]:
-    libraries = {"flax": "jax, flax.nnx, flax_mixtral.heads, convert.checkpoint", "transformers": "torch, transformers"}
-    seconds: dict[str, list[float]] = {name: [] for name in LOAD}
-    growth: dict[str, int] = {}
-    for turn in range(repeat + 1):
-        for name, body in LOAD.items():
-            run = in_process(TIMED.format(library=libraries[name], body=body), src)
-            growth[name] = run["growth_bytes"]
+def loading(src: Path, work: Path, repeat: int) -> Iterator[str]:
+    """Take turns: with nothing compiled before, with JAX's cache of what it compiled, and transformers."""
+    flax = TIMED.format(library="jax, flax.nnx, flax_mixtral.heads, convert.checkpoint", body=FLAX)
+    cache = {
+        "JAX_COMPILATION_CACHE_DIR": str(work / "compiled"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+    }
+    ways: dict[str, tuple[str, dict[str, str]]] = {
+        "Flax": (flax, {"JAX_ENABLE_COMPILATION_CACHE": "false"}),
+        "Flax, compiled before": (flax, cache),
+        "transformers": (TIMED.format(library="torch, transformers", body=TORCH), {}),
+    }
+    runs: dict[str, list[dict[str, Any]]] = {name: [] for name in ways}
+    for turn in range(repeat + 1):  # the first fills the caches, and is thrown away
+        for name, (code, environment) in ways.items():
+            run = in_process(code, src, **environment)
             if turn:
-                seconds[name].append(run["seconds"])
-    ratios = [ours / theirs for ours, theirs in zip(seconds["flax"], seconds["transformers"], strict=True)]
-    medians = {name: statistics.median(times) for name, times in seconds.items()}
-    yield f"load + 8 tokens, Flax / transformers   {statistics.median(ratios):.2f}"
-    yield f"seconds                                {medians['flax']:.1f} against {medians['transformers']:.1f}"
-    sizes = {name: f"{grown / 1e6:.0f} MB" for name, grown in growth.items()}
-    yield f"peak RSS growth                        {sizes['flax']} against {sizes['transformers']}"
+                runs[name].append(run)
+    yield "load + 8 tokens          seconds   / transformers      CPU seconds   peak RSS growth"
+    for name, found in runs.items():
+        pairs = zip(found, runs["transformers"], strict=True)
+        ratios = [ours["seconds"] / theirs["seconds"] for ours, theirs in pairs]
+        seconds, cpu = (statistics.median(run[key] for run in found) for key in ("seconds", "cpu"))
+        spread = f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
+        growth = max(run["growth_bytes"] for run in found) / 1e6
+        yield f"{name:24} {seconds:5.1f}     {spread:19} {cpu:5.1f}         {growth:.0f} MB"
 
 
 @click.command()
@@ -154,7 +165,7 @@ def main(work: Path, repeat: int, large: bool, load: bool) -> None:
         for line in converting(work / "hf", work, repeat):
             click.echo(f"  {line}")
         if load and name == "1.6 GB":
-            for line in loading(work / "hf", repeat):
+            for line in loading(work / "hf", work, repeat):
                 click.echo(f"  {line}")
         shutil.rmtree(work)
 

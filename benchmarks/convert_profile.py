@@ -6,6 +6,7 @@ writing alone; of loading, one row for each stage on the way to the first logits
 
 import hashlib
 import mmap
+import os
 import shutil
 import statistics
 import time
@@ -27,6 +28,8 @@ from convert.checkpoint import View
 from convert.io.safetensors import Writer, as_bits
 from convert.plan import WORKERS
 from convert.transpose import BLOCK_BYTES, blocks, contiguous
+
+CP = "`cp` and fsync"
 
 Step = Callable[[NDArray[Any], NDArray[np.uint8]], None]
 """Takes a block of the source and this thread's buffer."""
@@ -122,7 +125,7 @@ def written(view: View, path: Path) -> None:
 def converting(src: Path, work: Path) -> Iterator[tuple[str, Callable[[], object]]]:
     """Name every row and what it measures."""
     view = Checkpoint.open(src).view("flax")
-    yield "`cp` and fsync", lambda: copy(src, work / "copy")
+    yield CP, lambda: copy(src, work / "copy")
     yield "write alone, through the page cache", through_the_cache(lambda: written(view, work / "written"))
     yield "write alone, past it", lambda: written(view, work / "written")
     for name, step in STEPS.items():
@@ -153,6 +156,11 @@ def timed(run: Callable[[], object]) -> tuple[float, float]:
     return time.perf_counter() - wall, time.process_time() - cpu
 
 
+def median(pairs: list[tuple[float, float]], column: int) -> float:
+    """Give the median of wall (0) or CPU (1) seconds."""
+    return statistics.median(pair[column] for pair in pairs)
+
+
 @click.command()
 @click.option("--work", type=click.Path(path_type=Path), default=Path("build/bench-profile"), show_default=True)
 @click.option("--repeat", type=click.IntRange(1), default=5, show_default=True)
@@ -164,13 +172,16 @@ def main(work: Path, repeat: int) -> None:
     for _ in range(repeat):
         for name, run in converting(work / "hf", work):
             tables[0].setdefault(name, []).append(timed(run))
-        for name, pair in in_process(LOAD, work / "hf").items():
+        for name, pair in in_process(LOAD, work / "hf", JAX_ENABLE_COMPILATION_CACHE="false").items():
             tables[1].setdefault(name, []).append(tuple(pair))
     for title, table in zip(("converting", "loading"), tables, strict=True):
         click.echo(f"\n| {title} | seconds | CPU seconds |\n|---|---|---|")
         for name, pairs in table.items():
-            wall, cpu = (statistics.median(column) for column in zip(*pairs, strict=True))
-            click.echo(f"| {name} | {wall:.2f} | {cpu:.2f} |")
+            click.echo(f"| {name} | {median(pairs, 0):.2f} | {median(pairs, 1):.2f} |")
+    cores = len(os.sched_getaffinity(0))
+    cpu = sum(median(tables[0][name], 1) for name in ("read, order, hash, count", "write alone, past it"))
+    click.echo(f"\nWork of converting, spread evenly over {cores} processors: {cpu / cores:.2f} seconds")
+    click.echo(f"1.25 times `cp` and fsync:                              {1.25 * median(tables[0][CP], 0):.2f} seconds")
     shutil.rmtree(work)
 
 
