@@ -97,7 +97,8 @@ def convert(
         resume: go on with what the same conversion has left when it was interrupted, however that was.
         overwrite: replace dst if it is a checkpoint and nothing else.
         share: write these of the files alone, beside other processes with the other shares, on this machine or on
-            others that see the same directory. The last one to end finishes: dst appears.
+            others that see the same directory. The last one to end finishes: dst appears; one that begins after that
+            verifies it.
         max_shard_bytes: the most bytes of tensors in one file.
         progress: told of every block written.
 
@@ -112,7 +113,7 @@ def convert(
     plan = make_plan(checkpoint, to, dtype, max_shard_bytes, container)
     if not dry_run:
         restore(dst)
-    if resume and is_complete(dst, plan):
+    if (resume or share is not None) and is_complete(dst, plan):  # a share may begin when the others have ended
         verify(checkpoint, plan, dst)
         return Report(plan, dst, written=True, seconds=time.monotonic() - started, verified=True)
     check_destination(src, dst, overwrite)
