@@ -28,11 +28,12 @@ def block_experts(
     x_MD: jax.Array, weights_MA: jax.Array, ids_MA: jax.Array, kernels: Kernels, hidden_act: str
 ) -> jax.Array:
     """Apply the experts; see `apply_experts`. The kernels are one array per expert."""
-    return block_sum(x_MD, weights_MA, ids_MA, kernels, hidden_act, len(kernels.gate)).astype(x_MD.dtype)
+    average = ids_MA.size / len(kernels.gate)
+    return block_sum(x_MD, weights_MA, ids_MA, kernels, hidden_act, average).astype(x_MD.dtype)
 
 
 def block_sum(
-    x_MD: jax.Array, weights_MA: jax.Array, ids_MA: jax.Array, kernels: Kernels, hidden_act: str, experts: int
+    x_MD: jax.Array, weights_MA: jax.Array, ids_MA: jax.Array, kernels: Kernels, hidden_act: str, average: float
 ) -> jax.Array:
     """Sum the weighted outputs in the weights' dtype; the id E is of an expert elsewhere, which has no part in it.
 
@@ -40,14 +41,18 @@ def block_sum(
         x_MD: see `apply_experts`.
         weights_MA: see there.
         ids_MA: see there, for the E experts that are here.
-        kernels: of those.
+        kernels: of those; where they are stacked, one at a time is copied out.
         hidden_act: see there.
-        experts: how many share the tokens, here and elsewhere; blocks have the size of an average expert's part.
+        average: rows of an expert if all, here and elsewhere, were equally busy.
     """
-    (M, A), E = ids_MA.shape, len(kernels.gate)
-    sizes = block_sizes(M, M * A / experts)
+    M, E = len(ids_MA), len(kernels.gate)
+    sizes = block_sizes(M, average)
     C = -(-M // sizes[-1]) * sizes[-1]  # rows of an expert that every token chose
     tokens = apply_part(tokens_of, ids_MA, E, C, static=(1, 2))
+    if isinstance(kernels.gate, jax.Array):
+        rows = (jnp.arange(E), tuple(kernels))
+        down_ECD = jax.lax.map(lambda row: one_expert(x_MD, tokens, *row, sizes, hidden_act), rows)
+        return combine(down_ECD, tokens.place_MA, ids_MA, weights_MA)
     down_ECD = tuple(
         one_expert(x_MD, tokens, e, kernels_of_one, sizes, hidden_act)
         for e, kernels_of_one in enumerate(zip(*kernels, strict=True))
@@ -73,7 +78,7 @@ def tokens_of(ids_MA: jax.Array, experts: int, rows: int) -> Tokens:
 
 
 def combine(
-    down_ECD: tuple[jax.Array, ...], place_MA: jax.Array, ids_MA: jax.Array, weights_MA: jax.Array
+    down_ECD: jax.Array | tuple[jax.Array, ...], place_MA: jax.Array, ids_MA: jax.Array, weights_MA: jax.Array
 ) -> jax.Array:
     """Bring the experts' rows back to their tokens, zeros from elsewhere, and sum each token's."""
     row_MA = ids_MA * len(down_ECD[0]) + place_MA
