@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -24,6 +23,7 @@ from parity.oracle.model import Oracle
 from parity.trace import Array, Batch
 from parity.verdict import MARGIN_LIMIT
 from tests.checkpoints import write_checkpoint
+from tests.network import free_address
 
 ROOT = Path(__file__).parents[2]
 STEPS, SHAPE_BT, RATE = 4, (4, 16), 1e-3
@@ -72,10 +72,7 @@ def losses(process: subprocess.Popen[str]) -> list[float]:
 def start_all(
     source: Path, out: Path, mesh: str, processes: int, *options: str, steps: int = STEPS
 ) -> list[subprocess.Popen[str]]:
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        coordinator = f"localhost:{probe.getsockname()[1]}"
-    shared = ["--mesh", mesh, "--coordinator", coordinator, "--processes", str(processes), *options]
+    shared = ["--mesh", mesh, "--coordinator", free_address(), "--processes", str(processes), *options]
     return [start(source, out, *shared, "--process", str(number), steps=steps) for number in range(processes)]
 
 

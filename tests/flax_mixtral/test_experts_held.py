@@ -1,8 +1,5 @@
 """How a model holds its experts is its own affair: the same results, the same names, the same file."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import jax
@@ -10,29 +7,18 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from flax_mixtral import Mixtral, MixtralConfig
+from flax_mixtral import Mixtral
 from flax_mixtral.arrays import Mould, arrays_of
 from flax_mixtral.tree import slots
-from tests.flax_mixtral.models import drawn, forward
-
-CONFIG = MixtralConfig(
-    vocab_size=31,
-    hidden_size=12,
-    intermediate_size=20,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    head_dim=6,
-    num_local_experts=5,
-)
-IDS = np.arange(14).reshape(2, 7) * 3 % 31
+from tests.flax_mixtral.models import IDS, TINY, drawn, forward
+from tests.rerun import rerun
 
 
 @pytest.fixture(scope="module")
 def pair() -> tuple[Mixtral, Mixtral]:
     """Give a model with stacked experts, and the same with one array per expert."""
-    stacked = drawn(CONFIG)
-    return stacked, Mould(lambda rngs: Mixtral(CONFIG, rngs=rngs, experts="blocks")).fill(arrays_of(stacked))
+    stacked = drawn(TINY)
+    return stacked, Mould(lambda rngs: Mixtral(TINY, rngs=rngs, experts="blocks")).fill(arrays_of(stacked))
 
 
 def test_experts_held_one_by_one_are_listed_stacked(pair: tuple[Mixtral, Mixtral]) -> None:
@@ -59,21 +45,17 @@ def test_both_write_the_same_file_and_read_it(pair: tuple[Mixtral, Mixtral], tmp
 
 
 def test_a_part_of_another_shape_is_refused() -> None:
-    arrays = {slot.path: np.zeros(slot.shape, np.float32) for slot in slots(CONFIG)}
+    arrays = {slot.path: np.zeros(slot.shape, np.float32) for slot in slots(TINY)}
     arrays["model.layers.1.moe.experts.up"] = np.zeros((4, 12, 20), np.float32)
     with pytest.raises(
         ValueError, match=r"layers\.1\.moe\.experts\.up: expected shape \(5, 12, 20\), got \(4, 12, 20\)"
     ):
-        Mould(lambda rngs: Mixtral(CONFIG, rngs=rngs, experts="blocks")).fill(arrays)
+        Mould(lambda rngs: Mixtral(TINY, rngs=rngs, experts="blocks")).fill(arrays)
 
 
 def test_tree_mode_passes_the_same_tests() -> None:
     tests = [f"{__file__}::{name}" for name in TREE_MODE]
-    environment = {**os.environ, "NNX_GRAPH_MODE": "false", "NNX_GRAPH_UPDATES": "false"}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert f"{len(TREE_MODE)} passed" in done.stdout
+    rerun(*tests, expected=len(TREE_MODE), NNX_GRAPH_MODE="false", NNX_GRAPH_UPDATES="false")
 
 
 TREE_MODE = ("test_experts_held_one_by_one_are_listed_stacked", "test_both_write_the_same_file_and_read_it")

@@ -11,24 +11,12 @@ import numpy as np
 import pytest
 from flax import linen, traverse_util
 
-from flax_mixtral import MixtralConfig
 from flax_mixtral.arrays import arrays_of
 from flax_mixtral.experts import Choice
 from flax_mixtral.linen import Mixtral
 from flax_mixtral.tree import slots
-from tests.flax_mixtral.models import drawn, forward
+from tests.flax_mixtral.models import IDS, TINY, drawn, forward
 
-CONFIG = MixtralConfig(
-    vocab_size=31,
-    hidden_size=12,
-    intermediate_size=20,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    head_dim=6,
-    num_local_experts=5,
-)
-IDS = jnp.arange(14).reshape(2, 7) * 3 % 31
 MASK = jnp.ones((2, 7), int).at[1, :3].set(0)
 PAGE = Path(__file__).parents[2] / "docs" / "control-flow.md"
 
@@ -43,7 +31,7 @@ def page() -> dict[str, Any]:
 
 @cache
 def initial() -> Any:
-    return jax.jit(Mixtral(CONFIG).init)(jax.random.key(0), IDS)
+    return jax.jit(Mixtral(TINY).init)(jax.random.key(0), IDS)
 
 
 def paths(variables: Any) -> dict[str, tuple[int, ...]]:
@@ -51,21 +39,21 @@ def paths(variables: Any) -> dict[str, tuple[int, ...]]:
 
 
 def test_parameters_have_the_paths_and_shapes_of_the_tree() -> None:
-    expected = {slot.path: slot.shape for slot in slots(CONFIG)}
+    expected = {slot.path: slot.shape for slot in slots(TINY)}
     assert paths(initial()) == expected
-    assert paths(jax.eval_shape(Mixtral(CONFIG).init, jax.random.key(0), IDS)) == expected
+    assert paths(jax.eval_shape(Mixtral(TINY).init, jax.random.key(0), IDS)) == expected
 
 
 @pytest.mark.parametrize("experts", ["dense", "blocks"])
 def test_no_leaf_of_init_is_a_tracer(experts: Choice) -> None:
-    variables = Mixtral(CONFIG, experts=experts).init(jax.random.key(0), IDS)
+    variables = Mixtral(TINY, experts=experts).init(jax.random.key(0), IDS)
     assert page()["leaked"](variables) == []
 
 
 def test_apply_is_the_nnx_model() -> None:
-    model = drawn(CONFIG)
+    model = drawn(TINY)
     params = traverse_util.unflatten_dict(arrays_of(model), sep=".")
-    found = jax.jit(Mixtral(CONFIG).apply)({"params": params}, IDS, MASK)
+    found = jax.jit(Mixtral(TINY).apply)({"params": params}, IDS, MASK)
     for ours, plain in zip(jax.tree.leaves(found), jax.tree.leaves(forward(model, IDS, MASK)), strict=True):
         np.testing.assert_array_equal(ours, plain)
 
@@ -74,14 +62,14 @@ def test_init_draws_as_the_nnx_model_does() -> None:
     params = initial()["params"]
     assert not np.any(params["model"]["final_norm"]["scale"] - 1)
     spread = np.std(params["model"]["layers"]["1"]["moe"]["experts"]["up"])
-    assert abs(spread - CONFIG.initializer_range) < 0.1 * CONFIG.initializer_range
+    assert abs(spread - TINY.initializer_range) < 0.1 * TINY.initializer_range
     assert not np.allclose(params["model"]["layers"]["0"]["moe"]["router"]["kernel"], 0)
 
 
 def test_a_misshaped_parameter_is_refused() -> None:
     params = {**initial()["params"], "lm_head": {"kernel": jnp.zeros((12, 30))}}
     with pytest.raises(Exception, match="shape"):
-        Mixtral(CONFIG).apply({"params": params}, IDS)
+        Mixtral(TINY).apply({"params": params}, IDS)
 
 
 # --- google/flax #3665 ----------------------------------------------------------------------------------------------
@@ -133,7 +121,7 @@ def test_the_cure_gives_each_token_its_own_expert(cure: str) -> None:
 
 
 def test_a_module_s_call_lies_outside_of_control_flow_even_under_transforms() -> None:
-    module: Any = Mixtral(CONFIG)
+    module: Any = Mixtral(TINY)
     variables = initial()
 
     def step(total: jax.Array, ids_T: jax.Array) -> tuple[jax.Array, jax.Array]:

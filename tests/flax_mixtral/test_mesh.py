@@ -6,7 +6,6 @@
 import json
 import math
 import os
-import socket
 import subprocess
 import sys
 from functools import cache
@@ -26,13 +25,14 @@ from flax_mixtral import ConfigError, Mixtral, MixtralConfig, causal_lm_loss, ge
 from flax_mixtral.arrays import arrays_of
 from flax_mixtral.experts import parallel
 from flax_mixtral.sharding import batch_spec, partition_specs
-from parity.gradients import training_labels
-from parity.metrics import UNIT_ROUNDOFF, Precision, margin
-from parity.oracle.model import Oracle
-from parity.trace import Array, Batch
+from parity.metrics import Precision
+from parity.trace import Array
 from parity.verdict import MARGIN_LIMIT
 from tests.checkpoints import write_checkpoint
 from tests.flax_mixtral.meshes import MESHES, bytes_read, mesh_of
+from tests.flax_mixtral.models import Exact, by_path, exact_answer, margin_of
+from tests.network import free_address
+from tests.rerun import rerun
 
 SIZES: dict[str, Any] = {
     "vocab_size": 88,
@@ -68,28 +68,11 @@ def run(model: Mixtral, ids_BT: jax.Array) -> tuple[jax.Array, Any]:
 
 
 @cache
-def on_one(path: Path, dtype: Precision) -> tuple[Array, dict[str, Array], Array, dict[str, Array]]:
+def on_one(path: Path, dtype: Precision) -> tuple[Array, dict[str, Array], Exact]:
     """Give logits and gradients of one device, and the exact ones."""
     model = Mixtral.from_pretrained(path, dtype=jnp.dtype(dtype), experts="dense")
     logits_BTV, gradients = jax.jit(run)(model, jnp.asarray(IDS))
-    arrays = {path: np.asarray(array) for path, array in arrays_of(model).items()}
-    oracle = Oracle(model.config, Checkpoint.of_arrays(model.config, arrays).view("hf-legacy"))
-    batch = Batch("plain", IDS)
-    x_BTD = oracle.embed(batch)
-    for layer in range(model.config.num_hidden_layers):
-        x_BTD = oracle.block(layer, x_BTD, batch)["resid_out"]
-    exact = oracle.gradients(batch, training_labels(batch))
-    by_leaf = Checkpoint.of_arrays(model.config, exact.parameters).view("flax")
-    return np.asarray(logits_BTV), by_path(gradients), oracle.head(x_BTD, batch)["logits"], dict(by_leaf)
-
-
-def by_path(gradients: Any) -> dict[str, Array]:
-    return {".".join(map(str, path)): np.asarray(leaf[...]) for path, leaf in nnx.to_flat_state(gradients)}
-
-
-def worst_margin(plain: Array, found: Array, exact: Array, dtype: Precision) -> float:
-    rows = [array.reshape(-1, array.shape[-1]) for array in (plain, found, exact)]
-    return margin(rows[0], rows[1], rows[2], UNIT_ROUNDOFF[dtype]).value
+    return np.asarray(logits_BTV), by_path(gradients), exact_answer(model, IDS)
 
 
 @pytest.mark.multidevice
@@ -112,9 +95,10 @@ def assert_those_of_one_device(checkpoint: Path, mesh: jax.sharding.Mesh) -> Non
         ids_BT = jax.device_put(jnp.asarray(IDS), NamedSharding(mesh, batch_spec(mesh)))
         # A function of its own: JAX would find what it has compiled for `run` with other experts.
         logits_BTV, gradients = jax.jit(lambda model, ids_BT: run(model, ids_BT))(model, ids_BT)
-    plain_BTV, plain, exact_BTV, exact = on_one(checkpoint, "float32")
-    margins = {"logits": worst_margin(plain_BTV, np.asarray(logits_BTV), exact_BTV, "float32")}
-    margins |= {path: worst_margin(plain[path], g, exact[path], "float32") for path, g in by_path(gradients).items()}
+    plain_BTV, plain, exact = on_one(checkpoint, "float32")
+    margins = {"logits": margin_of(plain_BTV, np.asarray(logits_BTV), exact.logits, "float32").value}
+    for path, gradient in by_path(gradients).items():
+        margins[path] = margin_of(plain[path], gradient, exact.gradients[path], "float32").value
     assert margins.keys() == {"logits", *plain}
     assert max(margins.values()) <= MARGIN_LIMIT["float32"], margins
 
@@ -181,18 +165,16 @@ def test_bfloat16_logits_are_within_noise(checkpoint: Path) -> None:
     with jax.set_mesh(mesh):
         model = Mixtral.from_pretrained(checkpoint, mesh=mesh, dtype=jnp.bfloat16)
         logits_BTV = jax.jit(run)(model, jnp.asarray(IDS))[0]
-    plain_BTV, _, exact_BTV, _ = on_one(checkpoint, "bfloat16")
-    assert worst_margin(plain_BTV, np.asarray(logits_BTV), exact_BTV, "bfloat16") <= MARGIN_LIMIT["bfloat16"]
+    plain_BTV, _, exact = on_one(checkpoint, "bfloat16")
+    found = margin_of(plain_BTV, np.asarray(logits_BTV), exact.logits, "bfloat16")
+    assert found.value <= MARGIN_LIMIT["bfloat16"], found
 
 
 @pytest.mark.multidevice
 @pytest.mark.parametrize("cuts_text", ["expert=2", "expert=2,tensor=2", "fsdp=2,expert=2"])
 def test_processes_read_their_own_bytes_and_give_the_logits_of_one(checkpoint: Path, cuts_text: str) -> None:
     sizes = {name: int(size) for name, size in (part.split("=") for part in cuts_text.split(","))}
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        coordinator = f"localhost:{probe.getsockname()[1]}"
-    command = [sys.executable, "-m", "tests.flax_mixtral.mesh_worker", str(checkpoint), coordinator]
+    command = [sys.executable, "-m", "tests.flax_mixtral.mesh_worker", str(checkpoint), free_address()]
     count = math.prod(sizes.values())
     environment = {**os.environ, "XLA_FLAGS": ""}
     pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "text": True, "env": environment}
@@ -206,9 +188,9 @@ def test_processes_read_their_own_bytes_and_give_the_logits_of_one(checkpoint: P
     view = Checkpoint.open(checkpoint).view("flax")
     own = sum(array.nbytes // cuts(path, sizes, count) for path, array in view.items())
     assert [(one["read"], one["held"]) for one in found] == [(own, own)] * count
-    plain_BTV, _, exact_BTV, _ = on_one(checkpoint, "float32")
+    plain_BTV, _, exact = on_one(checkpoint, "float32")
     logits_BTV = np.array(found[0]["logits"], np.float32)
-    assert worst_margin(plain_BTV, logits_BTV, exact_BTV, "float32") <= MARGIN_LIMIT["float32"]
+    assert margin_of(plain_BTV, logits_BTV, exact.logits, "float32").value <= MARGIN_LIMIT["float32"]
 
 
 # --- what needs one device only -------------------------------------------------------------------------------------
@@ -216,13 +198,10 @@ def test_processes_read_their_own_bytes_and_give_the_logits_of_one(checkpoint: P
 
 def test_eight_devices_agree_with_one() -> None:
     """One mesh in the default run; `pytest -m multidevice` with the flags below runs them all."""
-    environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "multidevice"]
-    command += [__file__, str(Path(__file__).parent / "experts" / "test_parallel.py")]
-    command += ["-k", "2x2x2-AxisType.Auto or 2x2x2-hf-legacy or 2x2x2-blocks"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "3 passed" in done.stdout
+    files = [__file__, str(Path(__file__).parent / "experts" / "test_parallel.py")]
+    one = "2x2x2-AxisType.Auto or 2x2x2-hf-legacy or 2x2x2-blocks"
+    devices = "--xla_force_host_platform_device_count=8"
+    rerun("-m", "multidevice", *files, "-k", one, expected=3, XLA_FLAGS=devices)
 
 
 def test_specs_follow_the_axis_letters() -> None:

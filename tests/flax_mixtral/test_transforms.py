@@ -1,8 +1,7 @@
 """The model under every transform: each gives what the plain model gives. test_tree_mode.py runs this file again."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,32 +10,15 @@ import pytest
 from flax import nnx
 from jax.experimental import checkify
 
-from convert import Checkpoint
-from flax_mixtral import Mixtral, MixtralConfig
-from flax_mixtral.arrays import arrays_of
+from flax_mixtral import Mixtral
 from flax_mixtral.experts import Choice
-from parity.gradients import training_labels
-from parity.metrics import UNIT_ROUNDOFF, Precision, margin
-from parity.oracle.model import Oracle
-from parity.trace import Array, Batch
+from parity.metrics import Precision
+from parity.trace import Array
 from parity.verdict import MARGIN_LIMIT
-from tests.flax_mixtral.models import drawn, forward
+from tests.flax_mixtral.models import IDS, TINY, Exact, by_path, drawn, exact_answer, forward, margin_of
 from tests.flax_mixtral.transforms import GRADIENTS, LOGITS, Row, logits, loss
 
-CONFIG = MixtralConfig(
-    vocab_size=31,
-    hidden_size=12,
-    intermediate_size=20,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    head_dim=6,
-    num_local_experts=5,
-    attention_dropout=0.25,
-    router_jitter_noise=0.1,
-    router_aux_loss_coef=0.0,
-)
-IDS = jnp.arange(14).reshape(2, 7) * 3 % 31
+CONFIG = replace(TINY, attention_dropout=0.25, router_jitter_noise=0.1, router_aux_loss_coef=0.0)
 
 
 @dataclass(frozen=True)
@@ -47,35 +29,20 @@ class Plain:
     other: Mixtral
     logits: Array
     gradients: dict[str, Array]
-    exact_logits: Array
-    exact_gradients: dict[str, Array]
+    exact: Exact
 
 
 @cache
 def plain(dtype: Precision) -> Plain:
     model, other = (cast(drawn(CONFIG, seed), dtype) for seed in (0, 1))
-    arrays = {path: np.asarray(array) for path, array in arrays_of(model).items()}
-    batch = Batch("plain", np.asarray(IDS))
-    oracle = Oracle(CONFIG, Checkpoint.of_arrays(CONFIG, arrays).view("hf-legacy"))
-    x_BTD = oracle.embed(batch)
-    for layer in range(CONFIG.num_hidden_layers):
-        x_BTD = oracle.block(layer, x_BTD, batch)["resid_out"]
-    exact = oracle.gradients(batch, training_labels(batch))
-    by_leaf = Checkpoint.of_arrays(CONFIG, exact.parameters).view("flax")
+    exact = exact_answer(model, IDS)
     found = forward(model, IDS)
     for logits_ME, ids_MA in zip(found.router_logits, exact.routing, strict=True):
         # Else a rounding decides which expert a token goes to, and the comparison is of two different models.
         chosen_MA = jax.lax.top_k(logits_ME, CONFIG.num_experts_per_tok)[1]
         np.testing.assert_array_equal(np.sort(chosen_MA), np.sort(ids_MA))
     gradients = compiled(lambda model, _, ids_BT: jax.grad(loss)(model, ids_BT))(model, other, IDS)
-    return Plain(
-        model,
-        other,
-        np.asarray(found.logits),
-        by_path(gradients),
-        oracle.head(x_BTD, batch)["logits"],
-        {path: by_leaf[path] for path in by_leaf},
-    )
+    return Plain(model, other, np.asarray(found.logits), by_path(gradients), exact)
 
 
 def cast(model: Mixtral, dtype: Precision) -> Mixtral:
@@ -88,15 +55,8 @@ def compiled(row: Row) -> Row:
     return jax.jit(lambda *inputs: row(*inputs), compiler_options={"xla_backend_optimization_level": 0})
 
 
-def by_path(gradients: Any) -> dict[str, Array]:
-    return {".".join(map(str, path)): np.asarray(leaf[...]) for path, leaf in nnx.to_flat_state(nnx.state(gradients))}
-
-
 def assert_within_noise(plain: Array, found: Array, exact: Array, dtype: Precision) -> None:
-    """Hold a result to the harness's rule: as close to the exact answer as the plain one, but for its limit."""
-    assert found.shape == plain.shape
-    plain_RC, found_RC, exact_RC = (array.reshape(-1, array.shape[-1]) for array in (plain, found, exact))
-    found_margin = margin(plain_RC, found_RC, exact_RC, UNIT_ROUNDOFF[dtype])
+    found_margin = margin_of(plain, found, exact, dtype)
     assert found_margin.value <= MARGIN_LIMIT[dtype], found_margin
 
 
@@ -109,7 +69,7 @@ def test_logits_are_the_plain_ones(transform: str, dtype: Precision) -> None:
     p = plain(dtype)
     found_BTV = compiled(LOGITS[transform])(p.model, p.other, IDS)
     assert found_BTV.dtype == p.logits.dtype
-    assert_within_noise(p.logits, np.asarray(found_BTV), p.exact_logits, dtype)
+    assert_within_noise(p.logits, np.asarray(found_BTV), p.exact.logits, dtype)
 
 
 @DTYPES
@@ -119,7 +79,7 @@ def test_gradients_are_the_plain_ones(transform: str, dtype: Precision) -> None:
     found = by_path(compiled(GRADIENTS[transform])(p.model, p.other, IDS))
     assert found.keys() == p.gradients.keys()
     for path, gradient in found.items():
-        assert_within_noise(p.gradients[path], gradient, p.exact_gradients[path], dtype)
+        assert_within_noise(p.gradients[path], gradient, p.exact.gradients[path], dtype)
 
 
 @pytest.mark.parametrize(
@@ -142,13 +102,13 @@ def test_skipping_experts_gives_the_same(transform: str) -> None:
     p = plain("float32")
     model, other = (drawn(CONFIG, seed, experts="blocks") for seed in (0, 1))
     found_BTV = compiled(LOGITS[transform])(model, other, IDS)
-    assert_within_noise(p.logits, np.asarray(found_BTV), p.exact_logits, "float32")
+    assert_within_noise(p.logits, np.asarray(found_BTV), p.exact.logits, "float32")
 
 
 @DTYPES
 def test_op_by_op_is_what_jit_gives(dtype: Precision) -> None:
     p = plain(dtype)
-    assert_within_noise(p.logits, np.asarray(logits(p.model, IDS)), p.exact_logits, dtype)
+    assert_within_noise(p.logits, np.asarray(logits(p.model, IDS)), p.exact.logits, dtype)
 
 
 def test_eval_shape_builds_no_array() -> None:
@@ -186,4 +146,4 @@ def test_the_comparison_sees_a_thousandth_of_one_logit() -> None:
     planted_BTV = p.logits.copy()
     planted_BTV[1, 2, 3] *= 1.001
     with pytest.raises(AssertionError, match="Margin"):
-        assert_within_noise(p.logits, planted_BTV, p.exact_logits, "float32")
+        assert_within_noise(p.logits, planted_BTV, p.exact.logits, "float32")

@@ -3,14 +3,11 @@
 In a process of its own, since the flags are read once, on import.
 """
 
-import os
-import subprocess
-import sys
-
 import pytest
 
 from tests.flax_mixtral import test_transforms
 from tests.flax_mixtral.transforms import GRADIENTS, LOGITS
+from tests.rerun import rerun
 
 
 @pytest.mark.parametrize(
@@ -22,9 +19,5 @@ from tests.flax_mixtral.transforms import GRADIENTS, LOGITS
     ],
 )
 def test_tree_mode_passes_the_same_tests(test: str, which: list[str], expected: int) -> None:
-    environment = {**os.environ, "NNX_GRAPH_MODE": "false", "NNX_GRAPH_UPDATES": "false"}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *which]
-    command.append(f"{test_transforms.__file__}::{test}")
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert f"{expected} passed" in done.stdout
+    tests = f"{test_transforms.__file__}::{test}"
+    rerun(*which, tests, expected=expected, NNX_GRAPH_MODE="false", NNX_GRAPH_UPDATES="false")
