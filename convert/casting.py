@@ -55,7 +55,8 @@ def cast(array: NDArray[Any], dtype: np.dtype[Any]) -> tuple[NDArray[Any], Loss]
     if dtype.itemsize > array.dtype.itemsize:  # a wider floating dtype holds every value of a narrower one
         return found, Loss(array.size)
     back = rounded(found, array.dtype)
-    changed = (back != array) & ~(np.isnan(back) & np.isnan(array))
+    with np.errstate(invalid="ignore"):  # NaN is no surprise here either
+        changed = (back != array) & ~(np.isnan(back) & np.isnan(array))
     return found, Loss(
         values=array.size,
         changed=int(np.count_nonzero(changed)),
