@@ -13,11 +13,14 @@ import click
 __all__ = ["help_seconds", "load_growth_bytes"]
 
 LOAD = """
-import json, resource, sys
+import json, sys
+from pathlib import Path
 import jax.numpy as jnp
 import convert.checkpoint
 from flax_mixtral import Mixtral
-def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+def peak():  # not ru_maxrss, which begins with what the process that started this one held
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return int(status["VmHWM"].split()[0]) * 1024
 jnp.zeros(1).block_until_ready()
 before = peak()
 model = Mixtral.from_pretrained(sys.argv[1])
