@@ -15,13 +15,14 @@ from jax.sharding import AxisType
 from flax_mixtral import Mixtral
 from flax_mixtral.arrays import arrays_of
 from tests.flax_mixtral.meshes import bytes_read
-from tests.flax_mixtral.test_mesh import IDS
 
 
 def main(checkpoint: str, coordinator: str, process: int, cuts: str) -> None:
     sizes = {name: int(size) for name, size in (part.split("=") for part in cuts.split(","))}
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     jax.distributed.initialize(coordinator, math.prod(sizes.values()), process)
+    from tests.flax_mixtral.test_mesh import IDS  # not before: it imports arrays of JAX's, and with them a backend
+
     mesh = jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes))
     with jax.set_mesh(mesh), bytes_read() as read:
         model = Mixtral.from_pretrained(checkpoint, mesh=mesh)
