@@ -25,7 +25,7 @@ from benchmarks import tables
 from convert import Checkpoint
 from flax_mixtral.config import MixtralConfig
 from flax_mixtral.tree import slots
-from parity.cast import ATTENTION, EXPERTS
+from parity.cast import torch_side
 from parity.decoding import continued
 from parity.drawn import DEFAULT, draw
 from parity.inputs import padded, suite
@@ -37,9 +37,7 @@ from parity.selftest.faults import FAULTS
 from parity.selftest.planting import planted
 from parity.selftest.trials import Court
 from parity.sides import Side
-from parity.sides.torch_hf import TorchSide
 from parity.trace import Array
-from parity.weights import Rounded
 
 Setting = Literal["short", "long"]
 PROMPTS: dict[Setting, tuple[int, ...]] = {"short": (16,), "long": (113, 86)}
@@ -154,14 +152,14 @@ class Bench:
         (drawn, *_) = suite("standard", source.config, 0)
         rows = [ids_T[-length:] for ids_T, length in zip(drawn.input_ids, lengths, strict=False)]
         self.prompt = padded("prompt", rows, source.config, side="left")
-        self.torch_BX = self._torch().generate(self.prompt, NEW)
+        self.torch_BX = torch_side(source, dtype, dtype).generate(self.prompt, NEW)
         self.batch = continued(self.prompt, self.torch_BX[:, :-1])
         self.court = Court(source, [self.batch], dtype)
 
     def rows(self) -> Iterator[tuple[str, str, Passed]]:
         """Try every control and every fault."""
         scene = self.court.scene(LAYER)
-        own = self._run(self._torch())
+        own = self._run(self.court.torch_side())
         for control in CONTROLS:
             if control.lacks(scene) is not None or control.cached:
                 continue
@@ -169,7 +167,7 @@ class Bench:
             kept = _Kept(control.change)
             with jax.disable_jit(control.slug != "unchanged"):
                 result = self.court.examine(kept.change, *settings, named=False)
-                torch = self._run(self._torch(*settings))
+                torch = self._run(self.court.torch_side(*settings))
                 yield "control", control.slug, self._judge(result, torch, self._run(kept.side))
         for fault in FAULTS:
             if self.dtype not in fault.dtypes or fault.slug in RECORDINGS or fault.lacks(scene) is not None:
@@ -186,17 +184,6 @@ class Bench:
         result = self.court.continue_prompts(kept.change)
         equal = np.array_equal(kept.side.generate(self.prompt, NEW), self.torch_BX)
         return {**dict.fromkeys(GATES, True), "16 greedy tokens": equal, OURS: result.verdict == "pass"}
-
-    def _torch(self, attention: str = ATTENTION, experts: str = EXPERTS, threads: int | None = None) -> TorchSide:
-        return TorchSide(
-            self.source.config,
-            self.source.raw_config,
-            Rounded(self.source.view("hf-fused"), self.dtype),
-            dtype=self.dtype,
-            attention=attention,  # type: ignore[arg-type]  # checked by transformers
-            experts=experts,  # type: ignore[arg-type]  # as above
-            threads=threads,
-        )
 
     def _run(self, side: Side) -> Array:
         """Give the logits of the whole model, each side by itself."""

@@ -104,7 +104,7 @@ class Court:
     def __init__(self, source: Checkpoint, batches: Sequence[Batch], dtype: Precision):
         self.source, self.batches, self.dtype = source, batches, dtype
         self._leaves = source.view("flax")
-        self._torch = Remembering(self._torch_side())
+        self._torch = Remembering(self.torch_side())
         self._legacy = Rounded(source.view("hf-legacy"), dtype)
         self._oracle = Remembering(Oracle(source.config, self._legacy))
         self._flax = Remembering(FlaxSide(source.config, Rounded(self._leaves, dtype)))
@@ -130,7 +130,7 @@ class Court:
             differences += compare_weights(self._leaves, port.weights, lambda leaf: None)[1]
         flax = port.side(port.config, Rounded(port.weights, self.dtype))
         usual = (attention, experts, threads) == (ATTENTION, EXPERTS, None)
-        torch = self._torch if usual else self._torch_side(attention, experts, threads)
+        torch = self._torch if usual else self.torch_side(attention, experts, threads)
         sides = Sides(torch, flax, self._oracle)
         walk = Walk(self.source.config, sides, self.batches, dtype=self.dtype)
         walk.judge = self._judge
@@ -146,7 +146,7 @@ class Court:
         port = change(Port(self.source.config, self._leaves))
         flax: Any = port.side(port.config, Rounded(port.weights, self.dtype))  # an own side need not offer a cache
         config, tokens = self.source.config, Tokens()
-        torch, oracle = self._torch_side(), Oracle(config, self._legacy)
+        torch, oracle = self.torch_side(), Oracle(config, self._legacy)
         for batch in filter(continuable, self.batches):
             fed_BX = torch.generate(batch, FED)
             found = follow(config, (torch, flax, oracle), batch, fed_BX, self.dtype)
@@ -169,7 +169,8 @@ class Court:
         assert x_BTD is not None, "the unchanged port was examined"
         return float(np.square(x_BTD[batch.real_BT].astype(np.float64)).mean(axis=-1).min())
 
-    def _torch_side(self, attention: str = ATTENTION, experts: str = EXPERTS, threads: int | None = None) -> TorchSide:
+    def torch_side(self, attention: str = ATTENTION, experts: str = EXPERTS, threads: int | None = None) -> TorchSide:
+        """Build torch's side in some setting."""
         return TorchSide(
             self.source.config,
             self.source.raw_config,
