@@ -2,9 +2,12 @@
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+from unittest.mock import patch
 
 import jax
 import jax.numpy as jnp
@@ -14,18 +17,23 @@ import transformers
 
 import parity
 from flax_mixtral import Mixtral
+from parity.sides.timed import Timed
 from parity.trace import Batch
 
 __all__ = ["ParityCost", "measure"]
 
 
+CALLS = {"block": "blocks", "head": "lens and head", "whole": "the model whole"}
+"""Where a side's seconds go, beside embedding and losses."""
+
+
 @dataclass(frozen=True)
 class ParityCost:
-    """Seconds: one forward of each framework, the whole run, and each side's share of it."""
+    """Seconds: one forward of each framework, the whole run, and of it each side's by what it was asked for."""
 
     forwards: dict[str, float]
     whole: float
-    sides: dict[str, float]
+    sides: dict[str, dict[str, float]]
 
     @property
     def with_oracle(self) -> float:
@@ -35,7 +43,12 @@ class ParityCost:
     @property
     def without_oracle(self) -> float:
         """Give the same less the time inside the oracle; judging what it says stays in."""
-        return (self.whole - self.sides["oracle"]) / sum(self.forwards.values())
+        return (self.whole - sum(self.sides["oracle"].values())) / sum(self.forwards.values())
+
+    @property
+    def rest(self) -> float:
+        """Give the seconds outside the sides: comparing, judging, and setting up."""
+        return self.whole - sum(sum(calls.values()) for calls in self.sides.values())
 
 
 def measure(path: Path, tokens: int, rounds: int) -> ParityCost:
@@ -44,10 +57,35 @@ def measure(path: Path, tokens: int, rounds: int) -> ParityCost:
     forwards = {"torch": _torch_forward(path, ids_BT, rounds), "flax": _flax_forward(path, ids_BT, rounds)}
     batch = Batch("prefill", ids_BT)
     parity.run(path, inputs=[batch])
-    start = time.perf_counter()
-    result = parity.run(path, inputs=[batch])
-    whole = time.perf_counter() - start
-    return ParityCost(forwards, whole, {name: cost.seconds for name, cost in result.cost.items()})
+    with _timed_calls() as seconds:
+        start = time.perf_counter()
+        result = parity.run(path, inputs=[batch])
+        whole = time.perf_counter() - start
+    for side, calls in seconds.items():
+        calls["other"] = result.cost[side].seconds - sum(calls.values())
+    return ParityCost(forwards, whole, seconds)
+
+
+@contextmanager
+def _timed_calls() -> Iterator[dict[str, dict[str, float]]]:
+    """Time the sides' calls one by one, by side and kind."""
+    seconds = {side: dict.fromkeys(CALLS.values(), 0.0) for side in ("torch", "flax", "oracle")}
+
+    def timed(call: str) -> Callable[..., Any]:
+        original = getattr(Timed, call)
+
+        def run(side: Timed, *args: Any) -> Any:
+            start = time.perf_counter()
+            found = original(side, *args)
+            seconds[side.name][CALLS[call]] += time.perf_counter() - start
+            return found
+
+        return run
+
+    with ExitStack() as stack:
+        for call in CALLS:
+            stack.enter_context(patch.object(Timed, call, timed(call)))
+        yield seconds
 
 
 def _median(run: Callable[[], object], rounds: int) -> float:

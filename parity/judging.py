@@ -49,6 +49,8 @@ class Judge:
         thinned = (torch, flax, oracle)
         forced = routing is not None and bool(routing.flips)
         for name, point in block_points(self.config):
+            if name == "lens" and mode == "local":
+                continue  # the head alone is compared on torch's stream after the last block
             place = replace(self.place(layer, mode, batch), forced=forced and name not in BEFORE_ROUTING)
             if point.kind == "ids":
                 finding = _judge_routing(name, place, routing)

@@ -117,7 +117,9 @@ def judge(
     if (reason := _incomparable(torch, flax, exact)) is not None:
         return place.finding(name, *reason)
     assert torch is not None and flax is not None and exact is not None
-    torch_RC, flax_RC, exact_RC = (_rows(x, point.axes, rows) for x in (torch, flax, exact.astype(np.float64)))
+    torch_RC, flax_RC, exact_RC = (
+        _rows(x, point.axes, rows) for x in (torch, flax, exact.astype(np.float64, copy=False))
+    )
     if torch_RC.size == 0:
         return place.finding(name, "unchecked", "empty: no row to compare")
     # A single operation rounds to the dtype of its result (the router's is float32 in every model); what a whole block
@@ -178,13 +180,13 @@ def _incomparable(torch: Array | None, flax: Array | None, exact: Array | None) 
         if not _finite(array):
             return "unchecked", f"{side}'s array is not finite: there is nothing to compare with"
     if not _finite(flax):
-        bad = int((~np.isfinite(flax.astype(np.float64))).sum())
+        bad = int((~np.isfinite(flax)).sum())
         return "fail", f"{bad} of {flax.size} elements of Flax are not finite"
     return None
 
 
 def _finite(array: Array) -> bool:
-    return bool(np.isfinite(array.astype(np.float64)).all())
+    return bool(np.isfinite(array).all())
 
 
 def _rows(array: Array, axes: str, rows: Array | None) -> Array:
@@ -194,4 +196,5 @@ def _rows(array: Array, axes: str, rows: Array | None) -> Array:
         flat = array.reshape(array.shape[0] * array.shape[1], -1)
     else:
         flat = array.reshape(array.shape[0] if array.ndim else 1, -1)
-    return flat if rows is None else flat[rows]
+    every = rows is None or (rows.dtype == bool and rows.all())
+    return flat if every else flat[rows]

@@ -140,6 +140,8 @@ class Walk:
         yield from self._judge_local(layer, stream, local)
         if alone:
             yield from self._judge_alone(layer, stream, (torch, flax_alone, exact_alone))
+        for side, trace in ((self.oracle, exact[1]), (self.flax, flax[1])):
+            self._with_lens(side, trace, batch)
         own = self._beside("propagated", layer, batch, (torch, flax[1], exact[1]))
         yield from self.judge.block(layer, "propagated", batch, own, settled=stream.settled)
         stream.settled &= own.settled
@@ -152,7 +154,7 @@ class Walk:
         if last:
             self.flax.done(layer)
             self.oracle.done(layer)
-        own = self._beside("propagated", layer, stream.batch, (torch, flax, oracle), lens=False)
+        own = self._beside("propagated", layer, stream.batch, (torch, flax, oracle))
         stream.settled &= own.settled
         self._move_on(layer, stream, own)
 
@@ -200,14 +202,9 @@ class Walk:
         forced.arrays.update({name: array for name, array in free.arrays.items() if name in BEFORE_ROUTING})
         return forced
 
-    def _beside(
-        self, mode: Mode, layer: int, batch: Batch, traces: tuple[Trace, Trace, Trace], *, lens: bool = True
-    ) -> Compared:
-        """Put the sides' traces of a block side by side, each with its lens."""
-        torch, flax, oracle = traces
-        if lens:
-            self._with_lens(self.oracle, oracle, batch)
-            self._with_lens(self.flax, flax, batch)
+    def _beside(self, mode: Mode, layer: int, batch: Batch, traces: tuple[Trace, Trace, Trace]) -> Compared:
+        """Put the sides' traces of a block side by side."""
+        torch, _, oracle = traces
         routing = self._compare_routing(layer, mode, batch, traces)
         return Compared(traces, routing, settled=routing is not None or not contested(torch, oracle, batch))
 
@@ -225,7 +222,7 @@ class Walk:
             self.routing[layer, mode, batch.name, self.dtype] = routing
         return routing
 
-    def _with_lens(self, side: Offered, trace: Trace, batch: Batch) -> Trace:
+    def _with_lens(self, side: Offered, trace: Trace, batch: Batch) -> None:
         """Add `lens`; a side that has lost its stream has none."""
         x_BTD = trace.arrays.get("resid_out")
         if x_BTD is not None and x_BTD.shape == (*batch.input_ids.shape, self.config.hidden_size):
@@ -236,7 +233,6 @@ class Walk:
                     thin = self.detail.thin(trace, batch)
                     trace.arrays, trace.rows, trace.thinned = thin.arrays, thin.rows, thin.thinned
                 trace.arrays["lens"] = (self.detail.thin(lens, batch) if trace.thinned else lens)["lens"]
-        return trace
 
     def _head(self, stream: Stream) -> Iterator[Finding]:
         batch = stream.batch

@@ -135,7 +135,8 @@ class FlaxSide:
     def _block(self, layer: int) -> DecoderBlock:
         """Give a block, whose parameters stay until `done` or the next one."""
         if self._held is None or self._held[0] != layer:
-            self.done(layer)  # the last one's memory goes before the next one's comes
+            if self._held is not None:
+                self.done(self._held[0])  # the last one's memory goes before the next one's comes
             block = _block_mould(self._config).fill(self._weights, f"{self._prefix}layers.{layer}.", own=taken_over)
             self._held = (layer, block)
         return self._held[1]
