@@ -22,6 +22,10 @@ __all__ = [
     "visible_keys",
 ]
 
+QUERIES = 128
+"""Queries at a time on a CPU: the scores of more do not stay in its cache, and take memory that the system has to clear
+at every call."""
+
 
 class AttentionTrace(NamedTuple):
     """What attention computed on its way."""
@@ -91,11 +95,30 @@ def attend(
 
     Source: transformers 5.23, `eager_attention_forward`.
     """
-    probs_BNTS = attention_probs(attention_scores(q_BTNH, k_BSKH), visible_BTS)
     if key is not None and dropout > 0:
+        probs_BNTS = attention_probs(attention_scores(q_BTNH, k_BSKH), visible_BTS)
         kept_BNTS = jax.random.bernoulli(key, 1 - dropout, probs_BNTS.shape)
         probs_BNTS = jnp.where(kept_BNTS, probs_BNTS / (1 - dropout), 0).astype(probs_BNTS.dtype)
-    return mix_values(probs_BNTS, v_BSKH)
+        return mix_values(probs_BNTS, v_BSKH)
+
+    def of_some(queries: tuple[jax.Array, jax.Array]) -> jax.Array:
+        q_BRNH, visible_BRS = queries
+        return mix_values(attention_probs(attention_scores(q_BRNH, k_BSKH), visible_BRS), v_BSKH)
+
+    rows = (q_BTNH, visible_BTS)
+    end = q_BTNH.shape[1] // QUERIES * QUERIES
+    if end <= QUERIES or jax.default_backend() != "cpu":
+        return of_some(rows)
+    context_XBRNH: jax.Array = jax.lax.map(of_some, tuple(_in_blocks(x[:, :end]) for x in rows))
+    context_BTNH = context_XBRNH.swapaxes(0, 1).reshape(-1, end, *q_BTNH.shape[2:])
+    if end == q_BTNH.shape[1]:
+        return context_BTNH
+    return jnp.concatenate([context_BTNH, of_some((q_BTNH[:, end:], visible_BTS[:, end:]))], axis=1)
+
+
+def _in_blocks(x_BTX: jax.Array) -> jax.Array:
+    B, T = x_BTX.shape[:2]
+    return x_BTX.reshape(B, T // QUERIES, QUERIES, *x_BTX.shape[2:]).swapaxes(0, 1)
 
 
 def attention_scores(q_BTNH: jax.Array, k_BSKH: jax.Array) -> jax.Array:

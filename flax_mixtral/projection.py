@@ -20,7 +20,21 @@ def project(equation: str, x: jax.Array, kernel: jax.Array) -> jax.Array:
     """
     wide = jnp.promote_types(x.dtype, jnp.float32)
     # Asking for a wide result is also what makes bfloat16 fast on a CPU: XLA then calls its blocked float32 kernels.
+    if (axes := _contracted(equation)) is not None:
+        return jnp.tensordot(x, kernel, axes, preferred_element_type=wide).astype(x.dtype)
     return jnp.einsum(equation, x, kernel, preferred_element_type=wide).astype(x.dtype)
+
+
+def _contracted(equation: str) -> int | None:
+    """Count the axes of an ordinary product, of x's last with the kernel's first ones; None if it is another.
+
+    `einsum` contracts several axes in the order of their letters, and where that is not the kernel's, XLA on a CPU
+    copies the kernel into that order at every call.
+    """
+    operands, result = equation.split("->")
+    x, kernel = operands.split(",")
+    axes = len(set(x) & set(kernel))
+    return axes if x[-axes:] + result == kernel[:axes] + x[:-axes] + kernel[axes:] else None
 
 
 class Projection(nnx.Module):
