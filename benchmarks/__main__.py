@@ -1,7 +1,7 @@
 """All figures of docs/performance.md in one run: `make bench`, or `python -m benchmarks`.
 
-Writes a checkpoint of 1.6 GB, takes some fifteen minutes on two cores and 12 GB of memory, prints the tables, and puts
-each in its place in the page.
+Writes a checkpoint of 1.6 GB, takes some twenty-five minutes on two cores and 12 GB of memory, prints the tables, and
+puts each in its place in the page.
 """
 
 import shutil
@@ -9,7 +9,7 @@ from pathlib import Path
 
 import click
 
-PARTS = ("float32", "bfloat16", "backends", "products", "memory", "start", "parity")
+PARTS = ("float32", "bfloat16", "huge-pages", "backends", "products", "memory", "start", "parity")
 
 
 @click.command()

@@ -2,6 +2,8 @@
 
 import os
 import platform
+import subprocess
+import sys
 from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
@@ -16,10 +18,24 @@ from benchmarks.turns import Row
 __all__ = ["SECTIONS"]
 
 TOKENS = 512
+HUGE_PAGES = "glibc.malloc.hugetlb=1"
 
 
 def _speed(path: Path, rounds: int, dtype: str) -> str:
     return f"{_machine()} {rounds} rounds.\n\n{_table(speed.compare(path, dtype, rounds))}"
+
+
+def _huge_pages(path: Path, rounds: int) -> str:
+    """Measure speed again where the C library asks for huge pages, which it has to be told before a process starts."""
+    measure = "import sys; from pathlib import Path; from benchmarks.page import SECTIONS; "
+    measure += "print(SECTIONS[sys.argv[1]](Path(sys.argv[2]), int(sys.argv[3])))"
+    tables_found = []
+    for dtype in ("float32", "bfloat16"):
+        command = [sys.executable, "-c", measure, dtype, str(path), str(rounds)]
+        environment = {**os.environ, "GLIBC_TUNABLES": HUGE_PAGES}
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=environment)
+        tables_found.append(done.stdout.strip())
+    return "\n\n".join(tables_found)
 
 
 def _backends(path: Path, rounds: int) -> str:
@@ -51,7 +67,8 @@ def _parity(path: Path, rounds: int) -> str:
     rows = [
         *((f"one forward, {name}", seconds) for name, seconds in cost.forwards.items()),
         ("a run", cost.whole),
-        *((f"of it {name}", seconds) for name, seconds in cost.sides.items()),
+        *((f"of it {side}: {what}", seconds) for side, calls in cost.sides.items() for what, seconds in calls.items()),
+        ("of it comparing and the rest", cost.rest),
     ]
     table = tables.markdown(["what", "seconds"], ([name, f"{seconds:.1f}"] for name, seconds in rows))
     return (
@@ -64,6 +81,7 @@ def _parity(path: Path, rounds: int) -> str:
 SECTIONS: dict[str, Callable[[Path, int], str]] = {
     "float32": partial(_speed, dtype="float32"),
     "bfloat16": partial(_speed, dtype="bfloat16"),
+    "huge-pages": _huge_pages,
     "backends": _backends,
     "products": _products,
     "memory": _memory,

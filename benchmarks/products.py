@@ -1,4 +1,4 @@
-"""The matrix products of the experts and nothing else, ours as XLA runs them beside torch's: the floor of a forward."""
+"""What a forward is made of, alone: the experts' products, the head's and attention, XLA's beside torch's."""
 
 from collections.abc import Iterator
 from functools import partial
@@ -10,9 +10,12 @@ import torch
 
 from benchmarks.turns import Row, Run, take_turns
 from flax_mixtral import MixtralConfig
+from flax_mixtral.attention import attend, visible_keys
 from flax_mixtral.projection import project
 
 __all__ = ["compare"]
+
+PREFILL = 512
 
 
 @jax.jit
@@ -35,10 +38,15 @@ def _theirs(x_RD: torch.Tensor, experts: list[list[torch.Tensor]]) -> None:
         torch.nn.functional.linear(gate_RF + up_RF, down_DF)
 
 
-def compare(config: MixtralConfig, dtype: str, rounds: int) -> Iterator[Row]:
-    """Measure one layer's products where every expert gets the same number of rows; kernels as each framework has them.
+_product = jax.jit(project, static_argnums=0)
+_attend = jax.jit(attend)
 
-    Prefill of 512 and of 64 tokens (128 and 16 rows for each of 8 experts), and a decode step (one row for each of 2).
+
+def compare(config: MixtralConfig, dtype: str, rounds: int) -> Iterator[Row]:
+    """Measure one layer's experts where each gets the same number of rows, one head, and one layer's attention.
+
+    The experts in a prefill of 512 and of 64 tokens (128 and 16 rows for each of 8), and in a decode step (one row for
+    each of 2); kernels as each framework has them.
     """
     D, F, E, A = config.hidden_size, config.intermediate_size, config.num_local_experts, config.num_experts_per_tok
     rng = np.random.default_rng(0)
@@ -53,3 +61,38 @@ def compare(config: MixtralConfig, dtype: str, rounds: int) -> Iterator[Row]:
             "torch": partial(_theirs, x_theirs, theirs[:experts]),
         }
         yield take_turns(f"{what}: {experts} x {rows} rows", dtype, runs, rounds)
+    yield _head(config, dtype, rounds)
+    yield _attention(config, dtype, rounds)
+
+
+@torch.inference_mode()
+def _head(config: MixtralConfig, dtype: str, rounds: int) -> Row:
+    """Measure the head on a prefill."""
+    x, kernel = _pair((PREFILL, config.hidden_size), dtype), _pair((config.hidden_size, config.vocab_size), dtype)
+    kernel_VD = kernel[1].T.contiguous()
+    runs: dict[str, Run] = {
+        "XLA": lambda: jax.block_until_ready(_product("MD,DV->MV", x[0], kernel[0])),
+        "torch": lambda: torch.nn.functional.linear(x[1], kernel_VD),
+    }
+    return take_turns(f"head: {PREFILL} rows", dtype, runs, rounds)
+
+
+@torch.inference_mode()
+def _attention(config: MixtralConfig, dtype: str, rounds: int) -> Row:
+    """Measure one layer's scores, softmax and mixing of a prefill: ours and torch's sdpa."""
+    N, K, H = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+    q, k, v = (_pair((1, PREFILL, heads, H), dtype) for heads in (N, K, K))
+    visible_BTS = visible_keys(config, (1, PREFILL), None, None)
+    q_BNTH, k_BKTH, v_BKTH = (pair[1].transpose(1, 2).contiguous() for pair in (q, k, v))
+    sdpa = partial(torch.nn.functional.scaled_dot_product_attention, is_causal=True, enable_gqa=True)
+    runs: dict[str, Run] = {
+        "XLA": lambda: jax.block_until_ready(_attend(q[0], k[0], v[0], visible_BTS)),
+        "torch": lambda: sdpa(q_BNTH, k_BKTH, v_BKTH),
+    }
+    return take_turns(f"attention: {PREFILL} tokens", dtype, runs, rounds)
+
+
+def _pair(shape: tuple[int, ...], dtype: str) -> tuple[jax.Array, torch.Tensor]:
+    """Draw an array for each framework."""
+    drawn = np.random.default_rng(0).standard_normal(shape, np.float32) * 0.02
+    return jnp.asarray(drawn, dtype), torch.from_numpy(drawn).to(getattr(torch, dtype))
