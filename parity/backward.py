@@ -15,6 +15,7 @@ from flax_mixtral.axes import axis_sizes
 from flax_mixtral.config import MixtralConfig
 from parity.gradient_points import KINDS, GradientPoint, gradient_points
 from parity.gradients import Gradients, Losses, training_labels
+from parity.judging import terms
 from parity.metrics import UNIT_ROUNDOFF, Precision
 from parity.oracle.model import Oracle
 from parity.points import Point
@@ -123,7 +124,8 @@ def _judge_all(config: MixtralConfig, place: Place, sides: Sides, batch: Batch, 
     """Judge every point, in the order in which the backward pass reaches it."""
     for name in Losses._fields:
         scalars = (getattr(found.losses, name) for found in sides)
-        yield judge(name, Point(name, "whole", "", "a scalar of the batch"), place, *scalars)
+        point, summed = Point(name, "whole", "", "a scalar of the batch"), terms(name, config, batch)
+        yield judge(name, point, place, *scalars, summed=summed)
     for row in gradient_points(config):
         own = replace(place, layer=row.layer)
         if row.leaf is None:

@@ -14,7 +14,7 @@ from parity.stream import Compared
 from parity.trace import Array, Batch, Trace
 from parity.verdict import Finding, Mode, Place, judge
 
-__all__ = ["BEFORE_ROUTING", "Judge", "blamed", "unless_rerouted"]
+__all__ = ["BEFORE_ROUTING", "Judge", "blamed", "terms", "unless_rerouted"]
 
 Traces = tuple[Trace, Trace, Trace]
 """Torch's, Flax's and the oracle's."""
@@ -75,7 +75,8 @@ class Judge:
         """Judge final norm, logits and losses."""
         for name, point in head_points(self.config):
             arrays = (trace.arrays.get(name) for trace in traces)
-            finding = judge(name, point, self.place(None, mode, batch), *arrays, rows=_real_rows(point, batch))
+            place, summed = self.place(None, mode, batch), terms(name, self.config, batch)
+            finding = judge(name, point, place, *arrays, rows=_real_rows(point, batch), summed=summed)
             yield unless_rerouted(finding, settled)
 
     def _operation(self, name: str, point: Point, place: Place, traces: Traces, batch: Batch) -> Finding:
@@ -99,6 +100,12 @@ class Judge:
             for ids_MA, trace in ((torch_ids_MA, torch), (flax_ids_MA, flax), (torch_ids_MA, oracle))
         )
         return judge("router_weights", point, place, *dense, rows=batch.real_M)
+
+
+def terms(name: str, config: MixtralConfig, batch: Batch) -> int:
+    """Count the numbers that are added up to a loss; 1 for what is none."""
+    tokens = int(batch.real_M.sum())
+    return {"loss": tokens, "training_loss": tokens, "aux_loss": tokens * config.num_hidden_layers}.get(name, 1)
 
 
 def blamed(findings: Sequence[Finding]) -> bool:

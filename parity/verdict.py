@@ -1,5 +1,6 @@
 """The verdict on one comparison point: pass, fail, or unchecked. What is not there, or not finite, never passes."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -101,6 +102,7 @@ def judge(
     *,
     rows: Array | None = None,
     recorded_roundoff: float = 0.0,
+    summed: int = 1,
 ) -> Finding:
     """Judge one point by the margin of Flax's error over torch's.
 
@@ -113,6 +115,8 @@ def judge(
         exact: the oracle's array for the same input.
         rows: [R] bool or indices of the rows to compare (the real tokens); None for all.
         recorded_roundoff: the unit roundoff that a recording was rounded to, where that is coarser than what it holds.
+        summed: how many numbers were added up to a scalar. Their order is each side's own, and torch's error, a single
+            number, is sometimes next to nothing: it is taken for no less than a random walk of as many roundings.
     """
     if (reason := _incomparable(torch, flax, exact)) is not None:
         return place.finding(name, *reason)
@@ -125,7 +129,8 @@ def judge(
     # A single operation rounds to the dtype of its result (the router's is float32 in every model); what a whole block
     # or model gives carries the roundings of the dtype that it computes in.
     rounds_to = torch.dtype.name if place.mode == "operation" else place.dtype
-    found = margin(torch_RC, flax_RC, exact_RC, max(UNIT_ROUNDOFF[rounds_to], recorded_roundoff))
+    walked = UNIT_ROUNDOFF["float32"] * math.sqrt(summed)  # sums are float32's at least
+    found = margin(torch_RC, flax_RC, exact_RC, max(UNIT_ROUNDOFF[rounds_to], recorded_roundoff, walked))
     unequal = None
     reasons = []
     limit = MARGIN_LIMIT[place.dtype]

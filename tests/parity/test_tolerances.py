@@ -6,6 +6,8 @@ part of it runs again, on another seed, among the slow tests.
 
 import ast
 import importlib
+import math
+from dataclasses import replace
 from pathlib import Path
 
 import ml_dtypes
@@ -18,9 +20,12 @@ from benchmarks import courts, gates, margins, tables
 from convert import Checkpoint
 from parity import backward, tokens, trace
 from parity.diagnosis import cache_causes, diagnose, fitted, slope, weight_causes
-from parity.drawn import draw
+from parity.drawn import DEFAULT, draw
 from parity.inputs import suite
+from parity.judging import Judge
 from parity.metrics import UNIT_ROUNDOFF, margin
+from parity.oracle.model import Oracle
+from parity.recordings.detail import ALL
 from parity.router import EXCUSED_ERRORS, compare_routing
 from parity.selftest.faults import FAULTS
 from parity.selftest.trials import NAMED_SHARE
@@ -221,6 +226,40 @@ def test_few_rows_are_those_whose_channels_say_little() -> None:
     limit = min(MARGIN_LIMIT.values())
     assert _margins_of_noise(2, 1000).max() > limit, "two rows are accused by chance"
     assert _margins_of_noise(16, 1000).max() < limit / 2
+
+
+def test_a_sum_in_another_order_rounds_no_more_than_a_random_walk() -> None:
+    """A loss is one number that thousands were added up to; one after the other is as right as pairwise."""
+    worst = {}
+    for summed in (64, 1024, 16384):
+        terms_XS = np.random.default_rng(summed).random((200, summed), np.float32)
+        exact_X = terms_XS.astype(np.float64).sum(axis=1)
+        one_by_one_X = np.add.accumulate(terms_XS, axis=1, dtype=np.float32)[:, -1]
+        worst[summed] = (np.abs(one_by_one_X - exact_X) / exact_X).max() / UNIT_ROUNDOFF["float32"]
+    assert all(roundings < 2 * math.sqrt(summed) for summed, roundings in worst.items())
+    assert worst[16384] > MARGIN_LIMIT["float32"], "without the walk, a correct sum is accused"
+
+
+def test_an_auxiliary_loss_over_padding_is_far_beyond_rounding() -> None:
+    rng = np.random.default_rng(0)
+    mask_BT = np.ones((2, 96), np.int64)
+    mask_BT[1, :30] = 0
+    padded = Batch("padded", rng.integers(0, DEFAULT.vocab_size, mask_BT.shape), mask_BT)
+    logits_BTV = rng.standard_normal((*mask_BT.shape, DEFAULT.vocab_size))
+    router_LME = list(rng.standard_normal((DEFAULT.num_hidden_layers, mask_BT.size, DEFAULT.num_local_experts)))
+    exact, over_padding = (
+        Oracle(DEFAULT, {}).losses(logits_BTV, router_LME, batch)["aux_loss"]
+        for batch in (padded, replace(padded, attention_mask=None))
+    )
+    margins_found: list[float] = []
+    for aux_loss, verdict in ((exact, "pass"), (over_padding, "fail")):
+        traces = [Trace({"aux_loss": loss}) for loss in (exact.astype(np.float32), aux_loss.astype(np.float32), exact)]
+        findings = Judge(DEFAULT, "float32", ALL).head("local", padded, (traces[0], traces[1], traces[2]), settled=True)
+        (finding,) = (finding for finding in findings if finding.point == "aux_loss")
+        assert finding.verdict == verdict
+        assert finding.margin is not None
+        margins_found.append(finding.margin)
+    assert margins_found[1] > 100 * MARGIN_LIMIT["float32"], margins_found
 
 
 def test_clearly_is_less_than_what_an_explained_fault_gains() -> None:
