@@ -39,8 +39,13 @@ def torch_side(source: Checkpoint, dtype: Precision, walk_dtype: Precision, page
         pages: the memory that its weights and those of the other sides take in turn.
 
     Raises:
-        BadInput: torch is not installed.
+        BadInput: torch is not installed, or transformers loads no checkpoint of this layout.
     """
+    if not source.layout.startswith("hf-"):
+        raise BadInput(
+            f"{source.path} has the layout {source.layout}, which transformers does not load: expected Hugging Face's. "
+            f"Make such a checkpoint of it first: mixtral-convert {source.path} DST --to hf-legacy"
+        )
     try:
         from parity.sides.torch_hf import TorchSide
     except ImportError as error:

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import jsonschema
 import pytest
 
+from convert import convert
 from parity.__main__ import main
 from parity.baseline import Baseline
 from parity.points import block_points
@@ -118,6 +119,16 @@ def test_a_run_that_stops_leaves_reports_of_that(
 def test_json_goes_to_stdout_alone(checkpoint: Path, parity: Parity) -> None:
     done = parity("run", checkpoint, "--suite", "quick", "--json")
     assert json.loads(done.stdout)["verdict"] == "pass"
+
+
+def test_a_checkpoint_that_transformers_does_not_load_is_refused(
+    checkpoint: Path, tmp_path: Path, parity: Parity
+) -> None:
+    convert(checkpoint, tmp_path / "flax")
+    done = parity("run", tmp_path / "flax", "--suite", "quick")
+    assert done.returncode == 3
+    assert "has the layout flax" in done.stderr
+    assert "--to hf-legacy" in done.stderr
 
 
 def test_every_point_is_compared_in_every_block(checkpoint: Path) -> None:
