@@ -19,6 +19,7 @@ from parity.points import kind_of
 from parity.port import Port
 from parity.recordings.detail import ALL
 from parity.result import Divergence, Result
+from parity.router import compare_routing
 from parity.selftest.controls import CONTROLS, Control
 from parity.selftest.faults import FAULTS
 from parity.selftest.judged_once import JudgedOnce
@@ -109,7 +110,7 @@ class Court:
         self._oracle = Remembering(Oracle(source.config, self._legacy))
         self._flax = Remembering(FlaxSide(source.config, Rounded(self._leaves, dtype)))
         self._judge = JudgedOnce(source.config, dtype, ALL)
-        self._routing = self.examine(lambda port: port).routing
+        self.examine(lambda port: port)
         # What follows a fault, or another reference, is new to every side each time, and would fill the memory.
         self._torch.learns = self._flax.learns = self._oracle.learns = False
 
@@ -158,11 +159,19 @@ class Court:
 
     def scene(self, layer: int) -> Scene:
         """Say what a fault of one layer is to be planted into."""
-        ties = sum(compared.ties for key, compared in self._routing.items() if key[:2] == (layer, "local"))
+        ties = sum(self._ties(layer, batch) for batch in self.batches)
         longest = max(int(batch.real_BT.sum(axis=1).max()) for batch in self.batches)
         tokens = max(batch.input_ids.size for batch in self.batches)
         quietest = min(self._quietest(layer, batch) for batch in self.batches)
         return Scene(self.source.config, ties=ties, tokens=tokens, longest=longest, quietest=quietest)
+
+    def _ties(self, layer: int, batch: Batch) -> int:
+        """Count the tokens that tie where a fault is planted: run op by op, others may than in a compiled block."""
+        x_BTD = self._torch.stream_before(layer, batch)
+        assert x_BTD is not None, "the unchanged port was examined"
+        port = planted(Fault(slug="nothing", shows=()), layer)(Port(self.source.config, self._leaves))
+        trace = port.side(port.config, Rounded(port.weights, self.dtype)).block(layer, x_BTD, batch)
+        return compare_routing(trace, trace, trace, batch).ties
 
     def _quietest(self, layer: int, batch: Batch) -> float:
         x_BTD = self._torch.stream_before(layer, batch)
