@@ -6,7 +6,16 @@ import numpy as np
 
 from parity.trace import Array, Batch, Trace
 
-__all__ = ["Flip", "LayerRouting", "comparable_ids", "compare_routing", "contested", "dense_weights", "rerouted"]
+__all__ = [
+    "Flip",
+    "LayerRouting",
+    "comparable_ids",
+    "compare_routing",
+    "contested",
+    "dense_weights",
+    "exact_ties",
+    "rerouted",
+]
 
 EXCUSED_ERRORS = 4.0
 """A flip is rounding where the oracle's margin is within so many of the token's calibrated logit errors: two sides that
@@ -94,7 +103,7 @@ def compare_routing(torch: Trace, flax: Trace, oracle: Trace, batch: Batch) -> L
     )
     load = np.bincount(torch_MA[real].reshape(-1), minlength=oracle["router_logits"].shape[1])
     least, median = (float(pick(margin_M[real])) if real.any() else float("nan") for pick in (np.min, np.median))
-    ties, misbroken = _ties(flax, real)
+    ties, misbroken = exact_ties(flax, real)
     return LayerRouting(int(real.sum()), flips, least, median, tuple(map(int, load)), ties, misbroken)
 
 
@@ -121,7 +130,7 @@ def _certainty(torch: Trace, oracle: Trace, batch: Batch) -> tuple[Array, Array,
     return _margins(exact_ME, A), calibrated_M, _margins(torch_ME, A) == 0
 
 
-def _ties(flax: Trace, real_M: Array) -> tuple[int, tuple[int, ...]]:
+def exact_ties(flax: Trace, real_M: Array) -> tuple[int, tuple[int, ...]]:
     """Count Flax's exact ties at the last place, and list those that it broke otherwise than `jax.lax.top_k` does.
 
     torch.topk promises no order, so torch cannot be the judge of this: Flax's ids are held against its own

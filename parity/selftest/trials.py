@@ -19,7 +19,7 @@ from parity.points import kind_of
 from parity.port import Port
 from parity.recordings.detail import ALL
 from parity.result import Divergence, Result
-from parity.router import compare_routing
+from parity.router import exact_ties
 from parity.selftest.controls import CONTROLS, Control
 from parity.selftest.faults import FAULTS
 from parity.selftest.judged_once import JudgedOnce
@@ -28,7 +28,7 @@ from parity.sides.flax import FlaxSide
 from parity.sides.remembering import Remembering
 from parity.sides.torch_hf import TorchSide
 from parity.tokens import Tokens, follow, judge_decoding
-from parity.trace import Batch
+from parity.trace import Array, Batch
 from parity.verdict import Place
 from parity.walk import Sides, Walk
 from parity.weights import Difference, Rounded, compare_configs, compare_weights
@@ -167,16 +167,20 @@ class Court:
 
     def _ties(self, layer: int, batch: Batch) -> int:
         """Count the tokens that tie where a fault is planted: run op by op, others may than in a compiled block."""
-        x_BTD = self._torch.stream_before(layer, batch)
-        assert x_BTD is not None, "the unchanged port was examined"
         port = planted(Fault(slug="nothing", shows=()), layer)(Port(self.source.config, self._leaves))
-        trace = port.side(port.config, Rounded(port.weights, self.dtype)).block(layer, x_BTD, batch)
-        return compare_routing(trace, trace, trace, batch).ties
+        trace = port.side(port.config, Rounded(port.weights, self.dtype)).block(
+            layer, self._stream_before(layer, batch), batch
+        )
+        return exact_ties(trace, batch.real_M)[0]
 
     def _quietest(self, layer: int, batch: Batch) -> float:
+        x_BTD = self._stream_before(layer, batch)
+        return float(np.square(x_BTD[batch.real_BT].astype(np.float64)).mean(axis=-1).min())
+
+    def _stream_before(self, layer: int, batch: Batch) -> Array:
         x_BTD = self._torch.stream_before(layer, batch)
         assert x_BTD is not None, "the unchanged port was examined"
-        return float(np.square(x_BTD[batch.real_BT].astype(np.float64)).mean(axis=-1).min())
+        return x_BTD
 
     def torch_side(self, attention: str = ATTENTION, experts: str = EXPERTS, threads: int | None = None) -> TorchSide:
         """Build torch's side in some setting."""
